@@ -83,7 +83,7 @@ def measure(preset: str, batch: int, tokens: int, rounds: int) -> dict[str, Any]
 
 
 def _ways(preset: str, prompts: torch.Tensor, tokens: int) -> tuple[dict[str, Callable[[int], None]], int]:
-    """Return each way to generate, with models of its own, and the mixture's forward passes per token."""
+    """Return each way to generate, with new models, and the mixture's forward passes per token."""
     peer = _model(preset, 0, PROMPT + tokens)
     single = Together([_decoder(preset, 0, PROMPT + tokens)])
     mixture = Together([_decoder(preset, seed, PROMPT + tokens) for seed in range(EXPERTS)])

@@ -75,10 +75,7 @@ def make_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[st
     """Merge the missing averages; returns the names of all averages on every rank. All ranks call this together."""
     # Merging large models and computing many weights take longer than the timeout of training's collectives.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    # Only one rank checks: another might already see what the first has written.
-    undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
-    dist.broadcast_object_list(undecided, src=0)
-    if undecided[0]:
+    if group.decided(lambda: GREEDY in averages_of(config, run) and soups(config, run) is None):
         choose_soups(group, config, run)
     cards = [planned_averages(config, run) if group.is_first else []]
     dist.broadcast_object_list(cards, src=0, group=patient)

@@ -1,6 +1,7 @@
 """A batch of texts that join and leave between steps, each with its own sampling (continuous batching).
 
-It has the decoding step of `decode`; what differs is that the texts of a batch change.
+It has the decoding step of `decode`; what differs is that the texts of a batch change. transformers' continuous
+batching has one random state for all requests, so that no seed repeats a text, and returns no alternatives to a token.
 """
 
 from __future__ import annotations

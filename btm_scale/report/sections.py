@@ -200,7 +200,7 @@ def _training(config: RunConfig, results: Results, curves: Curves) -> Section:
         )
     else:
         words += "The seed LM takes no step. " if end == 0 else "The seed LM takes every step of the schedule. "
-        words += "An expert with its own `tokens` has its own schedule. " if end == 1 and own else ""
+        words += "An expert with its own `tokens` has a separate schedule. " if end == 1 and own else ""
     words += "Lines are moving means over 6% of the steps"
     words += ", with the raw losses behind." if len(placed) <= MOST_BESIDE else "."
     dropped = sum(len(curves[name]) - len(curve.loss) for name, curve in placed.items())

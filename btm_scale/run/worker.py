@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch.distributed as dist
 
@@ -115,10 +116,7 @@ def _joined(
     if config.health.deterministic:
         make_deterministic()
     group = ExpertGroup.join(layout_of(config), config.launch.device)
-    # Only one rank reads: others might read run.yaml before a precision is recorded in it.
-    resolved = [_resolved(config, run, records) if group.is_first else config]
-    dist.broadcast_object_list(resolved, src=0)
-    [config] = resolved
+    config = group.decided(partial(_resolved, config, run, records))
     group = group.in_precision(layout_of(config).precision)  # type: ignore[arg-type]
     with PeerWatch(group):
         yield group, config

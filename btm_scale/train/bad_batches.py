@@ -47,15 +47,13 @@ class Health:
         self._config = config
         self._writes = group.is_first
         self._path = folder / "skipped.json"
-        # One rank reads for all: another host may see an older file, and ranks that disagree would deadlock.
-        history: list[Any] = [None]
-        if group.is_first:
+
+        def history() -> tuple[dict[int, float], dict[int, str]]:
             rows = read_metrics(metrics)
             norms = {row["step"]: row["gradient_norm"] for row in rows if not row.get("overflowed")}
-            history = [(norms, _skipped_before(self._path))]
-        dist.broadcast_object_list(history, src=0)
-        self._norms: dict[int, float] = history[0][0]
-        self._skipped: dict[int, str] = history[0][1]
+            return norms, _skipped_before(self._path)
+
+        self._norms, self._skipped = group.decided(history)
 
     def leaves_out(self, step: int) -> bool:
         """Return whether the batch of this step is skipped."""

@@ -50,13 +50,12 @@ class DevLoss:
         """Read the losses measured up to `step` from a metrics.jsonl."""
         if not self._config.every:
             return
-        # One rank reads for all: another host may see an older file.
-        known: list[Any] = [None]
-        if self._group.is_first:
+
+        def known() -> dict[int, float]:
             rows = read_metrics(path)
-            known = [{row["step"]: row[DEV_LOSS] for row in rows if DEV_LOSS in row and row["step"] <= step}]
-        dist.broadcast_object_list(known, src=0)
-        self._losses = known[0]
+            return {row["step"]: row[DEV_LOSS] for row in rows if DEV_LOSS in row and row["step"] <= step}
+
+        self._losses = self._group.decided(known)
 
     def is_due(self, step: int) -> bool:
         """Return whether the model is to be measured after this step."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,6 @@ from btm_scale.run_dir import RunDir
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ENVIRONMENT = {"hardware": {"cpu": "a CPU", "cores": 2}, "date": "2026-11-27T00:00:00"}
 DOMAINS = ("python", "cpp", "licences", "docs")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def one(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return one
 
 
 @pytest.fixture

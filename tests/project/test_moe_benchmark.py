@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ENVIRONMENT = {"hardware": {"cpu": "a CPU", "cores": 2}, "date": "2026-11-27T00:00:00"}
 SEED = {"math": 64.0, "code": 16.0}
 
@@ -21,16 +18,6 @@ def scaled(factor: float) -> dict[str, float]:
 
 def unit(**methods: float) -> dict[str, Any]:
     return {"seconds": 1, "perplexity": {name.replace("_", "-"): scaled(factor) for name, factor in methods.items()}}
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def one(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return one
 
 
 @pytest.fixture
@@ -71,9 +58,9 @@ def test_recipes_are_relative_to_dense_and_mlp_experts_have_the_gain_that_the_mi
     }
     rows = table("moe_recipes", units)
     assert rows["`ensemble`"] == ["0.500"]
-    assert rows["`moe`, 10% more tokens"] == ["0.750"]
+    assert rows["`moe`, router `fitted`, 10% more tokens"] == ["0.750"]
     assert rows["dense, 10% more tokens"] == ["0.900"]
-    assert rows["`moe`, 20% more tokens"] == ["-"]
+    assert rows["`moe`, router `fitted`, 20% more tokens"] == ["-"]
     assert rows["**MLPs alone: gain over the seed LM that `moe` keeps, router `fitted`**"] == ["0.50"]
 
 

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import HealthConfig
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import GroupFailed
 from btm_scale.model.shape import ModelShape
 from btm_scale.train import bad_batches
@@ -24,9 +26,12 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bad_batches.dist, "broadcast_object_list", lambda values, src: None)
 
 
+def group_of_rank(rank: int) -> ExpertGroup:
+    return ExpertGroup(Layout(), rank, 2, torch.device("cpu"))
+
+
 def judge(folder: Path, **settings: Any) -> Health:
-    group: Any = SimpleNamespace(is_first=True)
-    return Health(group, HealthConfig(**settings), folder, folder / "metrics.jsonl")
+    return Health(group_of_rank(0), HealthConfig(**settings), folder, folder / "metrics.jsonl")
 
 
 def result(loss: float = 2.0, norm: float = 1.0, overflowed: bool = False) -> Any:
@@ -82,8 +87,8 @@ def test_every_rank_skips_the_batches_that_the_first_rank_read(tmp_path: Path, m
         values[0] = ({}, {7: "the loss is nan"})
 
     monkeypatch.setattr(bad_batches.dist, "broadcast_object_list", receive)
-    group: Any = SimpleNamespace(is_first=False)
-    late = Health(group, HealthConfig(), tmp_path, tmp_path / "metrics.jsonl")  # its host does not see the file yet
+    # Its host does not see the file yet.
+    late = Health(group_of_rank(1), HealthConfig(), tmp_path, tmp_path / "metrics.jsonl")
     assert late.leaves_out(7)
 
 

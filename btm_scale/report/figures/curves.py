@@ -52,8 +52,8 @@ def schedule_curves(config: RunConfig, curves: Curves) -> list[Curve]:
         if config.dev_loss.patience is not None and model in model_names(config):
             last = max(last, training_job(config, model).steps)
 
-        # The mixture of experts is trained after the schedule. Where the seed LM completes it, an expert with tokens of
-        # its own has its own schedule.
+        # The mixture of experts is trained after the schedule. Where the seed LM completes it, an expert with its own
+        # tokens has a separate schedule.
         branch = (end if end < 1 else 0.0, 1.0)
         begin, until = {SEED: (0.0, end), MOE: (1.0, _end(config))}.get(model, branch)
 
