@@ -67,6 +67,14 @@ def test_a_hostile_tokenizer_is_reported_in_one_sentence(
     assert "RUST_BACKTRACE" not in shown.out + shown.err
 
 
+def test_a_tokenizer_without_a_token_that_ends_documents_is_refused(tmp_path: Path) -> None:
+    directory = write(tmp_path / "endless")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}))
+    with pytest.raises(DataError, match="it has no eos_token, which ends every document"):
+        Tokenizer.load(directory)
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, os.urandom(5_000), b"\x0a\xff\xff\xff\xff\x0f" * 50])
 def test_a_damaged_sentencepiece_model_is_reported_in_one_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
