@@ -160,7 +160,7 @@ def _calls(gpus: Any) -> list[Callable[[], object]]:
 
     def rotate() -> None:
         query, key = kernels.split_rotated(mixed, angles, angles)
-        kernels.join_rotated(query, key, key, angles, angles)
+        kernels.join_rotated(query, key, key, angles, angles, has_bias=True)
 
     return [
         lambda: score(torch.bfloat16),
@@ -172,6 +172,7 @@ def _calls(gpus: Any) -> list[Callable[[], object]]:
         lambda: kernels.logit_gradient_(rows, targets, statistics, statistics),
         norm,
         rotate,
+        lambda: kernels.bias_gelu_backward(added, added, weight),
     ]
 
 

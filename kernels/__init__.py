@@ -27,7 +27,13 @@ from btm_scale.kernels.checks import (
 )
 from btm_scale.kernels.cost import Cost, cost
 from btm_scale.kernels.hardware import is_interpreted
-from btm_scale.kernels.layer_operators import add_norm, add_norm_backward, join_rotated, split_rotated
+from btm_scale.kernels.layer_operators import (
+    add_norm,
+    add_norm_backward,
+    bias_gelu_backward,
+    join_rotated,
+    split_rotated,
+)
 from btm_scale.kernels.loss_operators import cross_entropy_, logit_gradient_, logit_partials
 from btm_scale.kernels.partials import Partials, combine_partials, refuse_nan
 from btm_scale.kernels.paths import KernelPath, last_path
@@ -39,6 +45,7 @@ __all__ = [
     "add_norm",
     "add_norm_backward",
     "add_product_",
+    "bias_gelu_backward",
     "combine_partials",
     "cost",
     "cross_entropy_",

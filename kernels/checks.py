@@ -112,17 +112,30 @@ def _check_rows(rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
     _check_devices(**rows, **vectors)
 
 
-def check_rotation(heads: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> None:
-    """Check heads [length, batch, ..., d], or keys with queries and values, and angles [length, d / 2]."""
-    sizes = ", ".join(str(list(tensor.shape)) for tensor in (heads, *others, cos, sin))
-    angles = (len(heads), heads.shape[-1] // 2) if heads.ndim else ()
-    is_product = not others and heads.ndim == 5 and heads.shape[3] > 2
-    is_parts = False
-    if others and heads.ndim == 4 and all(tensor.ndim == 4 for tensor in others):
-        query, value = others
-        is_parts = value.shape == heads.shape and query.shape[2] % heads.shape[2] == 0
-        is_parts = is_parts and (*query.shape[:2], query.shape[3]) == (*heads.shape[:2], heads.shape[3])
-    if not (is_product or is_parts) or heads.shape[-1] % 2 or {tuple(cos.shape), tuple(sin.shape)} != {angles}:
+def check_bias(upstream: Tensor, values: Tensor, bias: Tensor) -> None:
+    """Check gradients and values [..., width] with bias [width]."""
+    _check_rows({"upstream": upstream, "values": values}, {"bias": bias})
+
+
+def check_rotation(mixed: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Check heads [length, batch, KV heads, heads per KV head + 2, d] with angles [length, d / 2]."""
+    _check_heads(mixed.ndim == 5 and mixed.shape[3] > 2, mixed, cos, sin)
+
+
+def check_join(query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Check queries [length, batch, heads, d] with keys and values, and angles [length, d / 2] if there are any."""
+    is_valid = query.ndim == key.ndim == 4 and value.shape == key.shape and (cos is None) == (sin is None)
+    is_valid = is_valid and query.shape[2] % key.shape[2] == 0
+    is_valid = is_valid and (*query.shape[:2], query.shape[3]) == (*key.shape[:2], key.shape[3])
+    _check_heads(is_valid, key, cos, sin, query, value)
+
+
+def _check_heads(is_valid: bool, heads: Tensor, cos: Tensor | None, sin: Tensor | None, *others: Tensor) -> None:
+    """Check angles, dtypes and devices, too."""
+    angles = [tensor for tensor in (cos, sin) if tensor is not None]
+    sizes = ", ".join(str(list(tensor.shape)) for tensor in (heads, *others, *angles))
+    wanted = (len(heads), heads.shape[-1] // 2) if heads.ndim else ()
+    if not is_valid or heads.shape[-1] % 2 or any(tensor.shape != wanted for tensor in angles):
         raise ValueError(
             f"Heads, cos and sin are {sizes}. Heads must be [length, batch, KV heads, heads per KV head + 2, d], or "
             "queries [length, batch, heads, d] with keys and values [length, batch, KV heads, d]; cos and sin must be "
@@ -131,7 +144,7 @@ def check_rotation(heads: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> 
     if heads.dtype not in _FLOATS or any(tensor.dtype != heads.dtype for tensor in others):
         raise ValueError(f"Heads are {heads.dtype}. Use bfloat16, float16 or float32, the same for all of them.")
     names = (f"tensor {number}" for number in range(9))
-    _check_devices(**dict(zip(names, (heads, *others, cos, sin), strict=False)))
+    _check_devices(**dict(zip(names, (heads, *others, *angles), strict=False)))
 
 
 def check_mixture(logits: Tensor, log_weights: Tensor) -> None:

@@ -47,7 +47,8 @@ def cost(
 
     Args:
         operator: `token_logprobs`, `token_logprob_partials`, `mix_logits`, `mix_sample`, `cross_entropy_`,
-            `logit_partials`, `logit_gradient_`, `add_norm`, `add_norm_backward`, `split_rotated` or `join_rotated`.
+            `logit_partials`, `logit_gradient_`, `add_norm`, `add_norm_backward`, `split_rotated`, `join_rotated` or
+            `bias_gelu_backward`.
         tensors: the operator's tensors in the order of its arguments, for example on `meta`: (hidden, heads, targets),
             (hidden, head, targets), (logits, log_weights), (logits, log_weights, log_likelihood) or (logits, targets).
             A layer's operators take the arguments of their schema, with None for tensors that do not exist.
@@ -75,7 +76,8 @@ def cost(
         return Cost(*LAYER_COSTS[operator](on, *inputs))
     raise ValueError(
         f"There is no operator {operator}. Use token_logprobs, token_logprob_partials, mix_logits, mix_sample, "
-        "cross_entropy_, logit_partials, logit_gradient_, add_norm, add_norm_backward, split_rotated or join_rotated."
+        "cross_entropy_, logit_partials, logit_gradient_, add_norm, add_norm_backward, split_rotated, join_rotated or "
+        "bias_gelu_backward."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware
-from btm_scale.kernels.layer_tuning import norm_configs
+from btm_scale.kernels.layer_tuning import gelu_configs, norm_configs, rotary_configs
 
 _FLOAT = 4
 Launches = tuple[int, int, int]
@@ -53,9 +53,29 @@ def _split_rotated(on: Hardware | None, mixed: Tensor, cos: Tensor, sin: Tensor)
     return 1, rotated + _bytes(cos, sin), rotated
 
 
-def _join_rotated(on: Hardware | None, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Launches:
+def _join_rotated(
+    on: Hardware | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    has_bias: bool,
+) -> Launches:
     heads = _bytes(query, key, value)
-    return 1, heads + _bytes(cos, sin), heads
+    if not has_bias:
+        return 1, heads + _bytes(cos, sin), heads
+    tokens = key.shape[0] * key.shape[1]
+    programs = min(tokens, rotary_configs(on or hardware(key.device), key.shape[-1])[0].programs)
+    width = heads // key.element_size() // tokens
+    sums = programs * width * _FLOAT
+    return 2, heads + _bytes(cos, sin) + sums, heads + sums + width * key.element_size()
+
+
+def _bias_gelu_backward(on: Hardware | None, upstream: Tensor, values: Tensor, bias: Tensor) -> Launches:
+    programs = min(values.numel() // len(bias), gelu_configs(on or hardware(values.device))[0].programs)
+    sums = programs * len(bias) * _FLOAT
+    return 2, _bytes(upstream, values, bias) + sums, _bytes(values) + sums + _bytes(bias)
 
 
 def _bytes(*tensors: Tensor | None) -> int:
@@ -67,4 +87,5 @@ LAYER_COSTS: dict[str, Callable[..., Launches]] = {
     "add_norm_backward": _add_norm_backward,
     "split_rotated": _split_rotated,
     "join_rotated": _join_rotated,
+    "bias_gelu_backward": _bias_gelu_backward,
 }

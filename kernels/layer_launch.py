@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from btm_scale.kernels.gelu import bias_gelu_backward_kernel
 from btm_scale.kernels.layer_reference import Normed
-from btm_scale.kernels.layer_tuning import NormConfig, RotaryConfig
+from btm_scale.kernels.layer_tuning import GeluConfig, NormConfig, RotaryConfig
 from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
 from btm_scale.kernels.pieces import ceil_div
 from btm_scale.kernels.rotary import join_rotated_kernel, split_rotated_kernel
@@ -81,11 +82,30 @@ def add_norm_backward(
         BLOCK=config.block,
         num_warps=config.warps,
     )
-    vectors = torch.empty(kinds, hidden, dtype=weight.dtype, device=total.device)
-    column_sums_kernel[(ceil_div(hidden, _SUM_COLUMNS), kinds)](
-        sums, vectors, programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+    return result, _column_sums(sums, weight.dtype)
+
+
+def _column_sums(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums of [kinds, programs, columns] over the programs, in their order."""
+    kinds, programs, columns = sums.shape
+    vectors = torch.empty(kinds, columns, dtype=dtype, device=sums.device)
+    column_sums_kernel[(ceil_div(columns, _SUM_COLUMNS), kinds)](
+        sums, vectors, programs, columns, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
     )
-    return result, vectors
+    return vectors
+
+
+def bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor, *, config: GeluConfig) -> tuple[Tensor, Tensor]:
+    """See `btm_scale.kernels.bias_gelu_backward`."""
+    width = len(bias)
+    rows = values.numel() // width
+    programs = min(rows, config.programs)
+    result = torch.empty_like(values)
+    sums = torch.empty(1, programs, width, device=values.device)
+    bias_gelu_backward_kernel[(programs, ceil_div(width, config.block))](
+        upstream, values, bias, result, sums, rows, width, BLOCK=config.block, num_warps=config.warps
+    )
+    return result, _column_sums(sums, bias.dtype)[0]
 
 
 def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor, *, config: RotaryConfig) -> tuple[Tensor, Tensor]:
@@ -112,19 +132,31 @@ def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor, *, config: RotaryConf
 
 
 def join_rotated(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *, config: RotaryConfig
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    has_bias: bool,
+    *,
+    config: RotaryConfig,
+) -> tuple[Tensor, Tensor]:
     """See `btm_scale.kernels.join_rotated`."""
     length, batch, groups, size = key.shape
-    per = query.shape[2] // groups
+    per, rows = query.shape[2] // groups, length * batch
+    heads = groups * (per + 2)
     mixed = torch.empty(length, batch, groups, per + 2, size, dtype=key.dtype, device=key.device)
-    join_rotated_kernel[(length * batch, ceil_div(groups * (per + 2), config.heads))](
+    programs = min(rows, config.programs) if has_bias else rows
+    sums = torch.empty(1, programs, heads * size, device=key.device) if has_bias else None
+    join_rotated_kernel[(programs, ceil_div(heads, config.heads))](
         query,
         key,
         value,
         cos,
         sin,
         mixed,
+        sums,
+        rows,
         batch,
         groups,
         size // 2,
@@ -133,4 +165,4 @@ def join_rotated(
         HALF=config.half,
         num_warps=config.warps,
     )
-    return mixed
+    return mixed, key.new_empty(0) if sums is None else _column_sums(sums, key.dtype)[0]

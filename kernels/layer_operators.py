@@ -12,10 +12,10 @@ from torch import Tensor
 
 from btm_scale.kernels import layer_reference as reference
 from btm_scale.kernels import operators, paths
-from btm_scale.kernels.checks import check_norm, check_norm_backward, check_rotation
+from btm_scale.kernels.checks import check_bias, check_join, check_norm, check_norm_backward, check_rotation
 from btm_scale.kernels.hardware import Hardware
 from btm_scale.kernels.layer_reference import Normed
-from btm_scale.kernels.layer_tuning import norm_configs, rotary_configs
+from btm_scale.kernels.layer_tuning import gelu_configs, norm_configs, rotary_configs
 from btm_scale.kernels.paths import Config, Result
 
 
@@ -111,25 +111,55 @@ def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def join_rotated(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the gradient of `mixed`, given those of `split_rotated`'s queries and keys, and of the values.
+def join_rotated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    has_bias: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the QKV projection's output and bias, given those of queries, keys and values.
 
     Args:
-        query: gradient of the queries, [length, batch, heads, d].
+        query: gradient of the queries, [length, batch, heads, d] with even d.
         key: gradient of the keys, [length, batch, KV heads, d].
         value: gradient of the values, like `key`.
-        cos: [length, d / 2].
+        cos: [length, d / 2], as for `split_rotated`. Default: heads were not rotated.
         sin: [length, d / 2].
+        has_bias: whether there was a bias.
 
     Returns:
-        [length, batch, KV heads, heads per KV head + 2, d].
+        [length, batch, KV heads, heads per KV head + 2, d]; and its sum over length and batch, flattened, in float32 in
+        a fixed order, or an empty tensor without a bias.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    check_rotation(key, cos, sin, query, value)
-    mixed: Tensor = JOIN_ROTATED(query, key, value, cos, sin)
-    return mixed
+    check_join(query, key, value, cos, sin)
+    gradients: tuple[Tensor, Tensor] = JOIN_ROTATED(query, key, value, cos, sin, has_bias)
+    return gradients
+
+
+@torch.no_grad()
+def bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `values` and `bias`, given that of gelu(values + bias) with its approximation by tanh.
+
+    Args:
+        upstream: [..., width], bfloat16, float16 or float32.
+        values: like `upstream`.
+        bias: [width].
+
+    Returns:
+        [..., width]; and its sum over all other dimensions, [width], in float32 in a fixed order.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+    """
+    check_bias(upstream, values, bias)
+    gradients: tuple[Tensor, Tensor] = BIAS_GELU_BACKWARD(upstream, values, bias)
+    return gradients
 
 
 def _run_add_norm(
@@ -196,19 +226,37 @@ def _run_split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     )
 
 
-def _run_join_rotated(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _run_join_rotated(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, has_bias: bool
+) -> tuple[Tensor, Tensor]:
     tensors = _contiguous(query, key, value, cos, sin)
 
-    def launch(module: ModuleType, config: Any) -> Tensor:
-        mixed: Tensor = module.join_rotated(*tensors, config=config)
-        return mixed
+    def launch(module: ModuleType, config: Any) -> tuple[Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor] = module.join_rotated(*tensors, has_bias, config=config)
+        return gradients
 
     return _run(
         "join_rotated",
         key,
         lambda gpu: rotary_configs(gpu, key.shape[-1]),
         launch,
-        lambda: reference.join_rotated(query, key, value, cos, sin),
+        lambda: reference.join_rotated(query, key, value, cos, sin, has_bias),
+    )
+
+
+def _run_bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    tensors = _contiguous(upstream, values, bias)
+
+    def launch(module: ModuleType, config: Any) -> tuple[Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor] = module.bias_gelu_backward(*tensors, config=config)
+        return gradients
+
+    return _run(
+        "bias_gelu_backward",
+        values,
+        gelu_configs,
+        launch,
+        lambda: reference.bias_gelu_backward(upstream, values, bias),
     )
 
 
@@ -259,9 +307,16 @@ def _fake_split_rotated(mixed: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return query, mixed.new_empty(length, batch, groups, size)
 
 
-def _fake_join_rotated(query: Tensor, key: Tensor, *_: object) -> Tensor:
+def _fake_join_rotated(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, has_bias: bool
+) -> tuple[Tensor, Tensor]:
     length, batch, groups, size = key.shape
-    return key.new_empty(length, batch, groups, query.shape[2] // groups + 2, size)
+    members = query.shape[2] // groups + 2
+    return key.new_empty(length, batch, groups, members, size), key.new_empty(groups * members * size * has_bias)
+
+
+def _fake_bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), bias.new_empty(bias.shape)
 
 
 ADD_NORM = operators.define(
@@ -286,9 +341,15 @@ SPLIT_ROTATED = operators.define(
 )
 JOIN_ROTATED = operators.define(
     "join_rotated",
-    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, bool has_bias) -> (Tensor, Tensor)",
     _run_join_rotated,
     _fake_join_rotated,
+)
+BIAS_GELU_BACKWARD = operators.define(
+    "bias_gelu_backward",
+    "(Tensor upstream, Tensor values, Tensor bias) -> (Tensor, Tensor)",
+    _run_bias_gelu_backward,
+    _fake_bias_gelu_backward,
 )
 # By name, for tests with stub GPUs, which PyTorch's dispatcher does not know.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -296,4 +357,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "add_norm_backward": _run_add_norm_backward,
     "split_rotated": _run_split_rotated,
     "join_rotated": _run_join_rotated,
+    "bias_gelu_backward": _run_bias_gelu_backward,
 }

@@ -72,11 +72,24 @@ def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return query.reshape(*query.shape[:2], -1, query.shape[-1]).contiguous(), key.contiguous()
 
 
-def join_rotated(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `btm_scale.kernels.join_rotated`."""
+def join_rotated(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """See `btm_scale.kernels.join_rotated`. The gradient of the bias is empty without one."""
     grouped = query.reshape(*key.shape[:3], -1, key.shape[3])
-    back = _rotated(torch.cat([grouped, key[:, :, :, None]], dim=3), cos, -sin)
-    return torch.cat([back, value[:, :, :, None]], dim=3)
+    heads = torch.cat([grouped, key[:, :, :, None]], dim=3)
+    back = heads if cos is None or sin is None else _rotated(heads, cos, -sin)
+    mixed = torch.cat([back, value[:, :, :, None]], dim=3)
+    sums = mixed.float().sum((0, 1)).flatten() if has_bias else mixed.new_empty(0)
+    return mixed, sums.to(mixed.dtype)
+
+
+def bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """See `btm_scale.kernels.bias_gelu_backward`."""
+    x = values.float() + bias
+    gelu = torch.ops.aten.gelu_backward(upstream.float(), x, approximate="tanh")
+    result = gelu.to(values.dtype).contiguous()
+    return result, result.float().flatten(0, -2).sum(0).to(bias.dtype)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ _ELEMENTS_PER_THREAD = 16
 # Programs of the norm's backward pass, each with a row of sums: two for each multiprocessor of an H100 or H200.
 _PROGRAMS = 264
 _HEAD_ELEMENTS = 1024  # of each half of a block of heads
+_GELU = 2048  # columns of a block
 
 
 class NormConfig(NamedTuple):
@@ -26,12 +27,26 @@ class NormConfig(NamedTuple):
         return str(self.block)
 
 
+class GeluConfig(NamedTuple):
+    """Columns of a block, its warps, and the most programs that share a column."""
+
+    block: int
+    warps: int
+    programs: int
+
+    @property
+    def blocks(self) -> str:
+        """The block's shape, for messages."""
+        return str(self.block)
+
+
 class RotaryConfig(NamedTuple):
-    """Heads and pairs of dimensions of a block, and its warps."""
+    """Heads and pairs of dimensions of a block, its warps, and the most programs that sum its heads over tokens."""
 
     heads: int
     half: int
     warps: int
+    programs: int
 
     @property
     def blocks(self) -> str:
@@ -51,7 +66,14 @@ def norm_configs(hardware: Hardware, hidden: int) -> list[NormConfig]:
 def rotary_configs(hardware: Hardware, head_size: int) -> list[RotaryConfig]:
     """Return the configs of the rotary kernels, best first."""
     half = _power_of_two(head_size // 2)
-    return [RotaryConfig(max(1, _HEAD_ELEMENTS // half), half, 4 * 32 // _warp(hardware))]
+    # Rows that are not aligned are read element by element, each with its own address in registers.
+    elements = _HEAD_ELEMENTS if head_size // 2 % 8 == 0 else _HEAD_ELEMENTS // 4
+    return [RotaryConfig(max(1, elements // half), half, 4 * 32 // _warp(hardware), 4 * _PROGRAMS)]
+
+
+def gelu_configs(hardware: Hardware) -> list[GeluConfig]:
+    """Return the configs of GELU's kernel, best first."""
+    return [GeluConfig(_GELU, _GELU // (_ELEMENTS_PER_THREAD * _warp(hardware)), 2 * _PROGRAMS)]
 
 
 def _warp(hardware: Hardware) -> int:

@@ -73,8 +73,8 @@ def megatron_layer_counts(case: Case) -> Counts:
     """Return the same of a layer that uses Megatron-core's own fused functions only."""
     from btm_scale.model import gpt
 
-    def unfused(*arguments: Any, **_: Any) -> Any:
-        return specs(*arguments, fused=False)
+    def unfused(*arguments: Any, **named: Any) -> Any:
+        return specs(*arguments, **named | {"fused": False})
 
     specs = gpt._layer_spec
     with mock.patch.object(gpt, "_layer_spec", unfused):

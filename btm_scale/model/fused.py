@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.fusions import fused_bias_gelu
 from torch import Tensor
 
-from btm_scale.kernels import add_norm, add_norm_backward, join_rotated, split_rotated
+from btm_scale.kernels import add_norm, add_norm_backward, bias_gelu_backward, join_rotated, split_rotated
 
 
 class SplitRotated(torch.autograd.Function):
@@ -23,8 +24,65 @@ class SplitRotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """See `kernels.join_rotated`."""
-        query, key, value = gradients
-        return join_rotated(query, key, value, *ctx.saved_tensors), None, None
+        return join_rotated(*gradients, *ctx.saved_tensors)[0], None, None
+
+
+class SplitBiased(torch.autograd.Function):
+    """`mixed` [length, batch, KV heads, heads per KV head + 2, d], bias -> queries, keys and values, which are views.
+
+    The bias is in `mixed` already. Its gradient, the sum of that of `mixed`, is computed where that is written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return [length, batch, heads or KV heads, d]. Queries are copied where several share a KV head."""
+        query = mixed[:, :, :, :-2].reshape(*mixed.shape[:2], -1, mixed.shape[4])
+        return query, mixed[:, :, :, -2], mixed[:, :, :, -1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `kernels.join_rotated`."""
+        mixed, bias = join_rotated(*gradients, has_bias=ctx.needs_input_grad[1])
+        return mixed, bias if ctx.needs_input_grad[1] else None
+
+
+class BiasedProduct(torch.autograd.Function):
+    """states [..., hidden], weight [width, hidden], bias [width] -> states weight^T + bias.
+
+    The bias is added in the matrix product. Its gradient is not computed here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return [..., width]."""
+        ctx.save_for_backward(states, weight)
+        product = torch.addmm(bias, states.flatten(0, -2), weight.t())
+        return product.view(*states.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients of states and weight."""
+        states, weight = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        for_states = torch.mm(gradient, weight).view_as(states) if ctx.needs_input_grad[0] else None
+        for_weight = torch.mm(gradient.t(), states.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return for_states, for_weight, None
+
+
+class BiasGelu(torch.autograd.Function):
+    """values [..., width], bias [width] -> gelu(values + bias), approximated by tanh."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bias: Tensor) -> Tensor:
+        """Return [..., width], by the function that Megatron-core compiles."""
+        ctx.save_for_backward(values, bias)
+        activated: Tensor = fused_bias_gelu.bias_gelu(bias, values)
+        return activated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """See `kernels.bias_gelu_backward`."""
+        return bias_gelu_backward(*gradients, *ctx.saved_tensors)
 
 
 class AddNorm(torch.autograd.Function):

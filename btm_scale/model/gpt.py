@@ -21,7 +21,16 @@ from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.context_parallel import ContextAttention, ContextPart
-from btm_scale.model.fused_layer import AddLayerNorm, AddRMSNorm, FusedAttention, FusedLayer
+from btm_scale.model.fused_layer import (
+    AddLayerNorm,
+    AddRMSNorm,
+    BiasedAttention,
+    BiasedQkv,
+    FusedAttention,
+    FusedLayer,
+    LastLayerNorm,
+    LastRMSNorm,
+)
 from btm_scale.model.loss import head_loss
 from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
 from btm_scale.model.norm import LayerNorm, RMSNorm
@@ -158,6 +167,7 @@ def build_model(
     offload_activations: bool = False,
     context: dist.ProcessGroup | None = None,
     partition: Partition | None = None,
+    releases_weights: bool = False,
     draws: bool = True,
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model; the process groups must be initialized.
@@ -168,7 +178,8 @@ def build_model(
     (full) are recomputed in the backward pass, and of MLPs tile by tile (tiled; of a mixture of experts it is full).
     With `offload_activations`, the inputs of layers that are recomputed are kept in host memory.
     `context` are the ranks that share each sequence. With `partition`, no rank ever holds more than its part of the
-    model and one matrix.
+    model and one matrix; `releases_weights` says that an engine will keep a module's weights only while it runs (both
+    ZeRO 3).
     """
     fused = not on_cpu and not shape.experts
     if fused:
@@ -211,12 +222,15 @@ def build_model(
         output_layer_init_method=None if draws else torch.nn.init.zeros_,
         **mixture_settings(shape),
     )
-    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     part = None if context is None else ContextPart.of(context)
-    spec = _layer_spec(shape, config.normalization, recompute, part, fused=fused)
+    spec = _layer_spec(shape, config, recompute, part, fused=fused, releases_weights=releases_weights)
     if offload_activations:
         assert recompute in ("full", "tiled"), "other layers keep more than their input"
         spec.params = {**(spec.params or {}), "host_inputs": HostInputs(shape.layers)}  # of all layers
+    if config.normalization == "RMSNorm":
+        norm: Any = LastRMSNorm if fused else RMSNorm
+    else:
+        norm = LastLayerNorm if fused else LayerNorm
     layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
     if sequence_parallel:
         # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.
@@ -239,11 +253,20 @@ def gpu() -> torch.device:
 
 
 def _layer_spec(
-    shape: ModelShape, normalization: str, recompute: str, part: ContextPart | None, *, fused: bool
+    shape: ModelShape,
+    config: TransformerConfig,
+    recompute: str,
+    part: ContextPart | None,
+    *,
+    fused: bool,
+    releases_weights: bool,
 ) -> ModuleSpec:
-    """Return the modules of a layer; `fused`: those for a GPU."""
-    spec = get_gpt_layer_local_spec(normalization=normalization)
-    if normalization == "RMSNorm":
+    """Return the modules of a layer.
+
+    `fused`: those for a GPU; `releases_weights`: as for `build_model`.
+    """
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    if config.normalization == "RMSNorm":
         norm: Any = AddRMSNorm if fused else RMSNorm
     else:
         norm = AddLayerNorm if fused else LayerNorm
@@ -257,6 +280,15 @@ def _layer_spec(
         # It rotates before the context ranks exchange heads, when each has its part of the sequence.
         split_rotary = rotary if part is None else Rotary(shape, part.index)
         attention.params = {**(attention.params or {}), "rotary": split_rotary}
+    elif (
+        fused
+        and shape.query_key_value_bias
+        and not shape.head_norms
+        and not releases_weights
+        and config.tensor_model_parallel_size == 1
+        and shape.head_size % 2 == 0
+    ):
+        attention.module, attention.submodules.linear_qkv = BiasedAttention, BiasedQkv
     core: Any = RecomputedAttention if recompute == "selective" else CausalAttention
     params: dict[str, Any] = {"rotary": None if splits else rotary}
     if part is not None:
@@ -272,6 +304,8 @@ def _layer_spec(
         spec.module = RecomputedFusedLayer if fused else RecomputedLayer
     elif fused:
         spec.module = FusedLayer
+    if fused:
+        spec.params = {**(spec.params or {}), "adds": releases_weights or recompute in ("full", "tiled")}
     return spec
 
 

@@ -66,8 +66,8 @@ class RecomputedLayer(_Recomputed, TransformerLayer):
     """Megatron-core's layer, recomputed."""
 
 
-class RecomputedFusedLayer(_Recomputed, FusedLayer):
-    """`FusedLayer`, recomputed."""
+class RecomputedFusedLayer(_Recomputed, FusedLayer):  # type: ignore[misc]
+    """`FusedLayer`, recomputed. Its input is always one tensor, since it `adds`."""
 
 
 class _Tiled:
@@ -87,7 +87,7 @@ class TiledLayer(_Tiled, RecomputedLayer):
     """Megatron-core's layer, recomputed, with its MLP in tiles."""
 
 
-class TiledFusedLayer(_Tiled, RecomputedFusedLayer):
+class TiledFusedLayer(_Tiled, RecomputedFusedLayer):  # type: ignore[misc]
     """`FusedLayer`, recomputed, with its MLP in tiles."""
 
 

@@ -44,5 +44,6 @@ def new_model(
         offload_activations=layout.offload_activations,
         context=group.context_group,
         partition=partition,
+        releases_weights=layout.zero == 3,
         draws=draws,
     )

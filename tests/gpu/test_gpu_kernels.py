@@ -9,7 +9,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.kernel_oracle import exact_mixture, exact_token_logprobs, scoring_case
-from helpers.layer_cases import KINDS, assert_norm_is_exact, assert_rotation_is_exact, norm_case, rotary_case
+from helpers.layer_cases import (
+    KINDS,
+    assert_gelu_is_exact,
+    assert_norm_is_exact,
+    assert_rotation_is_exact,
+    gelu_case,
+    norm_case,
+    rotary_case,
+)
 from helpers.loss_cases import GRADIENT_ERROR, exact_loss, loss_case
 from torch import Tensor
 
@@ -269,6 +277,16 @@ def test_rotations_and_their_gradients_are_exact(device, groups, per, size, dtyp
     with poisoned(device):
         assert_rotation_is_exact(rotary_case(512, 4, groups, per, size, dtype, device))
     assert kernels.last_path("join_rotated").backend == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1024, 4, 3072), (1000, 3, 5000)])
+def test_gradients_of_gelu_are_exact_and_repeat_to_the_bit(device, shape, dtype):
+    case = gelu_case(shape, dtype, device)
+    with poisoned(device):
+        assert_gelu_is_exact(*case)
+    assert kernels.last_path("bias_gelu_backward").backend == "triton"
+    assert_repeats(lambda: kernels.bias_gelu_backward(*case)[1])
 
 
 def test_norms_and_rotations_beyond_2_to_the_31_elements_address_the_right_memory(device):

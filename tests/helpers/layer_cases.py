@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from btm_scale.kernels import add_norm, add_norm_backward, join_rotated, split_rotated
+from btm_scale.kernels import add_norm, add_norm_backward, bias_gelu_backward, join_rotated, split_rotated
 from btm_scale.kernels.hardware import is_interpreted
 
 # Relative to the largest element: half a unit in the last place. Triton's interpreter cuts off the bits that a bfloat16
@@ -144,9 +144,37 @@ def assert_rotation_is_exact(case: RotaryCase) -> None:
     (gradient,) = torch.autograd.grad(
         [*wanted, exact[:, :, :, -1]], [exact], [part.double() for part in (*upstream, value)]
     )
-    joined = join_rotated(*upstream, value, cos, sin)
+    joined, sums = join_rotated(*upstream, value, cos, sin)
+    assert sums.numel() == 0
     _assert_close(joined, gradient, ERROR[mixed.dtype])
     assert torch.equal(joined[:, :, :, -1], value)
+    again, sums = join_rotated(*upstream, value, cos, sin, has_bias=True)
+    assert torch.equal(again, joined)
+    _assert_close(sums, joined.double().sum((0, 1)).flatten(), ERROR[mixed.dtype])
+    joined, sums = join_rotated(*upstream, value, has_bias=True)  # heads that were not rotated are copied
+    grouped = upstream[0].view(length, batch, groups, members - 2, size)
+    assert torch.equal(joined, torch.cat([grouped, upstream[1][:, :, :, None], value[:, :, :, None]], dim=3))
+    _assert_close(sums, joined.double().sum((0, 1)).flatten(), ERROR[mixed.dtype])
+
+
+def gelu_case(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a random gradient and values [*shape], of which some are large, and a bias."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    upstream, values, bias = (torch.randn(size, generator=generator) for size in (shape, shape, shape[-1:]))
+    return upstream.to(dtype).to(device), (8 * values**3).to(dtype).to(device), bias.to(dtype).to(device)
+
+
+def assert_gelu_is_exact(upstream: Tensor, values: Tensor, bias: Tensor) -> None:
+    """Check the gradients of values and bias."""
+    exact = values.double().requires_grad_()
+    activated = functional.gelu(exact + bias.double(), approximate="tanh")
+    (gradient,) = torch.autograd.grad(activated, exact, upstream.double())
+    ours, sums = bias_gelu_backward(upstream, values, bias)
+    assert ours.dtype == sums.dtype == values.dtype
+    _assert_close(ours, gradient, ERROR[values.dtype])
+    _assert_close(sums, ours.double().flatten(0, -2).sum(0), ERROR[values.dtype])
 
 
 def _assert_close(ours: Tensor, exact: Tensor, error: float) -> None:

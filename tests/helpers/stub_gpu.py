@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from btm_scale.kernels import hardware, layer_operators, loss_operators, operators, paths
 from btm_scale.kernels.drawing import draw_kernel
+from btm_scale.kernels.gelu import bias_gelu_backward_kernel
 from btm_scale.kernels.loss import cross_entropy_kernel, logit_gradient_kernel, logit_partials_kernel
 from btm_scale.kernels.mixing import mix_kernel, normalizer_kernel
 from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
@@ -30,7 +31,7 @@ from btm_scale.kernels.scoring import combine_kernel, score_kernel
 
 LOSS_KERNELS = (cross_entropy_kernel, logit_partials_kernel, logit_gradient_kernel)
 NORM_KERNELS = (add_norm_kernel, add_norm_backward_kernel, column_sums_kernel)
-LAYER_KERNELS = (*NORM_KERNELS, split_rotated_kernel, join_rotated_kernel)
+LAYER_KERNELS = (*NORM_KERNELS, split_rotated_kernel, join_rotated_kernel, bias_gelu_backward_kernel)
 OTHERS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel)
 KERNELS = (*OTHERS, *LOSS_KERNELS, *LAYER_KERNELS)
 
@@ -56,7 +57,8 @@ WRITTEN = {
     "add_norm_backward_kernel": {"result_ptr", "sums_ptr"},
     "column_sums_kernel": {"out_ptr"},
     "split_rotated_kernel": {"query_ptr", "key_ptr"},
-    "join_rotated_kernel": {"mixed_ptr"},
+    "join_rotated_kernel": {"mixed_ptr", "sums_ptr"},
+    "bias_gelu_backward_kernel": {"result_ptr", "sums_ptr"},
 }
 _COUNTED = ("draw_kernel", "tokens_ptr")  # which counts the finished blocks of a row, too
 

@@ -201,6 +201,9 @@ def test_the_kernels_of_a_layer_compile_without_spills_and_move_16_bytes_at_a_ti
             angles = gpus.empty(4, size // 2, dtype=torch.bfloat16)
             query, key = kernels.split_rotated(mixed, angles, angles)
             kernels.join_rotated(query, key, key, angles, angles)
+            kernels.join_rotated(query, key, key, has_bias=True)
+            values = gpus.empty(2, 4 * hidden, dtype=torch.bfloat16)
+            kernels.bias_gelu_backward(values, values, values[0])
         assert {name for name, _ in gpus.compiled()} == {kernel.fn.__name__ for kernel in LAYER_KERNELS}
         assert_resources(gpus, tmp_path)
         for name, kernel in gpus.compiled() if arch == "sm_90" and layers == LAYERS[:3] else []:

@@ -9,8 +9,10 @@ import torch
 from helpers.layer_cases import (
     FLOATS,
     KINDS,
+    assert_gelu_is_exact,
     assert_norm_is_exact,
     assert_rotation_is_exact,
+    gelu_case,
     norm_case,
     rotary_case,
 )
@@ -21,7 +23,14 @@ from btm_scale import kernels
 from btm_scale.kernels import layer_operators
 from btm_scale.kernels.cost import Cost
 
-OPERATORS = {"add_norm": "1024", "add_norm_backward": "1024", "split_rotated": "32x32", "join_rotated": "32x32"}
+OPERATORS = {
+    "add_norm": "1024",
+    "add_norm_backward": "1024",
+    "split_rotated": "32x32",
+    "join_rotated": "32x32",
+    "join_rotated with bias": "32x32",
+    "bias_gelu_backward": "2048",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +51,16 @@ def test_the_reference_of_the_rotation_is_exact(dtype, groups, per):
     assert_rotation_is_exact(rotary_case(7, 2, groups, per, 12, dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_reference_of_gelu_is_exact(dtype):
+    assert_gelu_is_exact(*gelu_case((5, 3, 100), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pytorch_finds_schema_and_fake_of_gelu_consistent(dtype):
+    torch.library.opcheck(layer_operators.BIAS_GELU_BACKWARD, gelu_case((5, 3, 16), dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["RMS norm", "layer norm of a sum with bias"])
 def test_pytorch_finds_schema_and_fake_of_the_norm_consistent(dtype, kind):
@@ -57,7 +76,8 @@ def test_pytorch_finds_schema_and_fake_of_the_rotation_consistent(dtype):
     mixed, cos, sin = rotary_case(4, 2, 2, 3, 8, dtype)
     torch.library.opcheck(layer_operators.SPLIT_ROTATED, (mixed, cos, sin))
     query, key = kernels.split_rotated(mixed, cos, sin)
-    torch.library.opcheck(layer_operators.JOIN_ROTATED, (query, key, mixed[:, :, :, -1], cos, sin))
+    for angles, has_bias in (((cos, sin), False), ((None, None), True)):
+        torch.library.opcheck(layer_operators.JOIN_ROTATED, (query, key, mixed[:, :, :, -1], *angles, has_bias))
 
 
 def test_rows_that_do_not_exist_have_no_norm_and_gradients_of_zero():
@@ -96,6 +116,10 @@ def test_wrong_arguments_are_our_own_errors():
         kernels.join_rotated(query, key, query, cos, sin)
     with pytest.raises(ValueError, match="the same for all of them"):
         kernels.join_rotated(query, key, key.bfloat16(), cos, sin)
+    with pytest.raises(ValueError, match=r"cos and sin must be \[length, d / 2\]"):
+        kernels.join_rotated(query, key, key, cos)
+    with pytest.raises(ValueError, match=r"bias must be \[hidden\]"):
+        kernels.bias_gelu_backward(added, added, weight[:3])
 
 
 def call(gpus: StubGpus, operator: str) -> list[Any]:
@@ -104,14 +128,19 @@ def call(gpus: StubGpus, operator: str) -> list[Any]:
     def on_gpu(tensors: Any) -> list[Any]:
         return [None if tensor is None else gpus.tensor(tensor) for tensor in tensors]
 
-    if operator.endswith("rotated"):
+    if operator == "bias_gelu_backward":
+        gelu = on_gpu(gelu_case((1500, 2, 3000), torch.bfloat16))
+        kernels.bias_gelu_backward(*gelu)
+        return gelu
+    if "rotated" in operator:
         mixed, cos, sin = on_gpu(rotary_case(4, 2, 2, 3, 64, torch.bfloat16))
         query, key = kernels.split_rotated(mixed, cos, sin)
         if operator == "split_rotated":
             return [mixed, cos, sin]
         gpus.launches.clear()
-        kernels.join_rotated(query, key, key, cos, sin)
-        return [query, key, key, cos, sin]
+        has_bias = operator.endswith("bias")
+        kernels.join_rotated(query, key, key, cos, sin, has_bias=has_bias)
+        return [query, key, key, cos, sin, has_bias]
     case = norm_case((150, 2, 1000), torch.bfloat16, "layer norm of a sum with bias")
     added, bias, residual, weight, shift, upstream, gradient = on_gpu(case)
     total, _, mean, scale = kernels.add_norm(added, weight, bias=bias, residual=residual, shift=shift)
@@ -126,9 +155,10 @@ def call(gpus: StubGpus, operator: str) -> list[Any]:
 def test_the_declared_cost_is_what_the_driver_counts(operator):
     with stub_gpus("sm_90") as gpus:
         arguments = call(gpus, operator)
-        assert str(kernels.last_path(operator)) == f"triton {OPERATORS[operator]}"
+        name = operator.partition(" ")[0]
+        assert str(kernels.last_path(name)) == f"triton {OPERATORS[operator]}"
         counted = [Cost(1, launch.bytes_read(), launch.bytes_written()) for launch in gpus.launches]
-        assert kernels.cost(operator, *arguments) == sum(counted, Cost(0, 0, 0))
+        assert kernels.cost(name, *arguments) == sum(counted, Cost(0, 0, 0))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -136,7 +166,7 @@ def test_the_reference_runs_where_a_gpu_refuses_the_kernel(operator, caplog):
     with stub_gpus("sm_90") as gpus:
         gpus.fail = lambda kernel: (_ for _ in ()).throw(OutOfResources(3, 2, "registers"))
         call(gpus, operator)
-        assert str(kernels.last_path(operator)) == "reference"
+        assert str(kernels.last_path(operator.partition(" ")[0])) == "reference"
         assert "as PyTorch operations" in caplog.text
 
 

@@ -17,9 +17,14 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, attention recomputed": {"family": "llama", "recompute": "selective"},
     "llama, separate documents": {"family": "llama", "documents": True},
     "llama, two tensor ranks": {"family": "llama", "tensor": 2},
+    "gpt2, all recomputed": {"family": "gpt2", "recompute": "full"},
+    "gpt2, MLP in tiles": {"family": "gpt2", "recompute": "tiled"},
+    "gpt2, attention recomputed": {"family": "gpt2", "recompute": "selective"},
+    "gpt2, separate documents": {"family": "gpt2", "documents": True},
+    "gpt2, weights released": {"family": "gpt2", "releases": True},
     "gpt2, two tensor ranks": {"family": "gpt2", "tensor": 2},
 }
-DEFAULTS = {"recompute": "none", "documents": False, "tensor": 1}
+DEFAULTS = {"recompute": "none", "documents": False, "tensor": 1, "releases": False}
 
 
 @pytest.fixture(scope="module")

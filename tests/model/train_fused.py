@@ -1,8 +1,8 @@
 """Compute losses and gradients of models with the layers for a GPU and with those for a CPU, both on the CPU.
 
-`train_fused.py SPEC.json`: the spec has `cases` (name: `family`, `recompute`, `documents`, `tensor`) and `result`. For
-each case the script writes the largest difference of the `loss`, and of a `gradient` relative to its tensor's largest
-number, and `drawn`, the largest number in a matrix of the same model built without `draws`.
+`train_fused.py SPEC.json`: the spec has `cases` (name: `family`, `recompute`, `documents`, `tensor`, `releases`) and
+`result`. For each case the script writes the largest difference of the `loss`, and of a `gradient` relative to its
+tensor's largest number, and `drawn`, the largest number in a matrix of the same model built without `draws`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def model_of(case: dict[str, Any], *, fused: bool, draws: bool = True) -> gpt.Ex
             on_cpu=not fused,
             recompute=case["recompute"],
             sequence_parallel=case["tensor"] > 1,
+            releases_weights=case["releases"],
             draws=draws,
         )
     model.end_of_text = 2 if case["documents"] else None

@@ -10,8 +10,10 @@ from helpers.cuts import cut
 from helpers.layer_cases import (
     FLOATS,
     KINDS,
+    assert_gelu_is_exact,
     assert_norm_is_exact,
     assert_rotation_is_exact,
+    gelu_case,
     norm_case,
     rotary_case,
 )
@@ -41,6 +43,13 @@ def test_norms_and_their_gradients_are_exact_for_every_dtype_and_odd_shape(case)
 def test_rotations_and_their_gradients_are_exact(dtype, groups, per, size):
     assert_rotation_is_exact(rotary_case(3, 2, groups, per, size, dtype))
     assert last_path("split_rotated").backend == last_path("join_rotated").backend == "triton"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 2, 100), (300, 2, 96), (2, 1, 5000)])
+def test_gradients_of_gelu_are_exact(dtype, shape):
+    assert_gelu_is_exact(*gelu_case(shape, dtype))
+    assert last_path("bias_gelu_backward").backend == "triton"
 
 
 def test_the_sums_of_many_rows_do_not_depend_on_their_division_beyond_float32():
