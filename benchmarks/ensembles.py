@@ -2,7 +2,7 @@
 
     python benchmarks/ensembles.py runs/eight-1 runs/eight-2 runs/eight-3 --name eight_domains
 
-Needs only the runs' scores. Writes benchmarks/results/ensembles.json, beside what it has of other names.
+Needs only the runs' scores. Writes benchmarks/results/ensembles.json, beside what it has of other names and seeds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main() -> None:
     if options.result.is_file():
         document = json.loads(options.result.read_text())
     document["environment"] = describe()
-    document["runs"][options.name] = measured
+    by_seed = {one["random_seed"]: one for one in (*document["runs"].get(options.name, []), *measured)}
+    document["runs"][options.name] = [by_seed[seed] for seed in sorted(by_seed)]
     options.result.write_text(json.dumps(document, indent=1) + "\n")
 
 
