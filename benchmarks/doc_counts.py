@@ -9,7 +9,7 @@ _OURS, _PEER = "ours", "compiled"
 LOSSES = {
     _OURS: "btm-scale",
     "liger": "Liger-Kernel",
-    "pytorch": "`linear_cross_entropy`",
+    "pytorch": "PyTorch's `linear_cross_entropy`",
     _PEER: "`cross_entropy`, torch.compile, without products",
 }
 LABELS = {_OURS: "btm-scale", "megatron": "Megatron-core's fused functions", _PEER: "plain model, torch.compile"}
