@@ -6,19 +6,34 @@ from typing import Any
 
 Rows = list[list[str]]
 _OURS, _PEER = "ours", "compiled"
+LOSSES = {
+    _OURS: "btm-scale",
+    "liger": "Liger-Kernel",
+    "pytorch": "PyTorch's `linear_cross_entropy`",
+    _PEER: "`cross_entropy`, torch.compile, without products",
+}
 LABELS = {_OURS: "btm-scale", "megatron": "Megatron-core's fused functions", _PEER: "plain model, torch.compile"}
 
 
 def count_rows(counts: dict[str, Any]) -> Rows:
-    """Return kernels and GB of the loss, of a layer without its matrix products, and of gradient accumulation."""
+    """Return kernels and GB of a layer without its matrix products, and of gradient accumulation."""
     rows = [["counted on `meta` tensors", *LABELS.values()]]
-    for part, label in (("loss", "loss of a micro-batch"), ("layer", "a layer without its matrix products")):
-        for name in counts[_OURS][part]:
-            rows.append([f"{label}, {name}", *(_count(counts[key].get(part, {}).get(name)) for key in LABELS)])
+    for name in counts[_OURS]["layer"]:
+        cells = (_count(counts[key].get("layer", {}).get(name)) for key in LABELS)
+        rows.append([f"a layer without its matrix products, {name}", *cells])
     for name, version in counts[_OURS]["training"].items():
         rows.append(
             [f"gradient accumulation, {name}", _gigabytes(version), "-", _gigabytes(counts[_PEER]["training"][name])]
         )
+    return rows
+
+
+def loss_rows(counts: dict[str, Any], older: dict[str, Any]) -> Rows:
+    """Return kernels and GB of the loss, beside its peers' and an older version's."""
+    keys = (_OURS, "liger", "pytorch", _PEER)
+    rows = [["loss of a micro-batch", *(LOSSES[key] for key in keys), f"btm-scale, commit {older['commit']}"]]
+    for name, count in older["loss"].items():
+        rows.append([name, *(_count(counts[key]["loss"].get(name)) for key in keys), _count(count)])
     return rows
 
 

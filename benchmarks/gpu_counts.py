@@ -1,19 +1,23 @@
 """What a training step does on a GPU, counted with `meta` tensors in the place of CUDA's: kernels and bytes.
 
     python benchmarks/gpu_counts.py
+    python benchmarks/gpu_counts.py --older FOLDER
 
 Writes results/gpu_counts.json: the loss of a micro-batch, one layer besides its matrix products and attention, sums of
 gradients, the utilization that they give by the formula of gpu_counting/formula.py, and what offloading the inputs of
-layers moves and frees. Beside them are a layer that
-uses the fused functions of Megatron-core only, and the plain model under torch.compile.
+layers moves and frees. Beside them are a layer that uses the fused functions of Megatron-core only, the plain model
+under torch.compile, and the fused losses of Liger-Kernel and of PyTorch. With --older, it counts the loss of an older
+checkout of this repository instead, into results/gpu_counts_older.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,18 +27,23 @@ from gpu_counting.cases import CASES, layer_counts, loss_counts, megatron_layer_
 from gpu_counting.counter import Counts
 from gpu_counting.decoding import DECODINGS, Decoding, separate_counts, stacked_counts
 from gpu_counting.formula import Bytes, described, utilization
+from gpu_counting.loss_peers import liger_count, pytorch_counts
 from gpu_counting.offload import offload_counts
 from gpu_counting.regions import Count
 
-RESULT = Path(__file__).parent / "results" / "gpu_counts.json"
+RESULTS = Path(__file__).parent / "results"
 MODELS = ("paper-125m", "llama-1.3b")  # whose layers are counted
 
 
 def main() -> None:
     """Count, and write the results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--result", type=Path, help="the file to write. Default: in benchmarks/results")
+    parser.add_argument("--older", type=Path, metavar="FOLDER", help="an older checkout, to count only its loss")
     options = parser.parse_args()
+    if options.older:
+        write(options.result or RESULTS / "gpu_counts_older.json", counted_older(options.older))
+        return
     become_a_rank()
     layers = {name: megatron_layer_counts(CASES[name]) for name in MODELS}
     result = {
@@ -46,7 +55,29 @@ def main() -> None:
     result["ours"]["offload"] = offload_counts()
     result["ours"]["decoding"] = counted_decoding(stacked_counts)
     result["transformers"] = {"decoding": counted_decoding(separate_counts)}
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
+    result["pytorch"] = {"loss": {name: row(pytorch_counts(case).total()) for name, case in CASES.items()}}
+    result["liger"] = {"loss": {name: row(liger_count(case)) for name, case in CASES.items()}}
+    write(options.result or RESULTS / "gpu_counts.json", result)
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write the results."""
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def counted_older(folder: Path) -> dict[str, Any]:
+    """Return the counts of the loss of an older checkout, whose file needs nothing else of its package."""
+    file = folder / "btm_scale" / "model" / "loss.py"
+    spec = importlib.util.spec_from_file_location("older_loss", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise SystemExit(f"{file} does not exist. --older takes the folder of a checkout of this repository.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    commit = subprocess.run(
+        ["git", "-C", str(folder), "log", "-1", "--format=%h %as"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    counts = {name: row(loss_counts(case, module.head_loss).total()) for name, case in CASES.items()}
+    return {"environment": describe(), "commit": commit[0], "date": commit[1], "loss": counts}
 
 
 def become_a_rank() -> None:

@@ -150,6 +150,7 @@ def _calls(gpus: Any) -> list[Callable[[], object]]:
 
     logits, log_weights = tensor(8, 64, 128_256), tensor(64, 8, dtype=torch.float64)
     rows, targets = tensor(2, 32_000), gpus.tensor(torch.zeros(2, dtype=torch.int64))
+    longer = tensor(2, 50_304)
     statistics = tensor(2, dtype=torch.float32)
     added, weight = tensor(64, 2048), tensor(2048)
     mixed, angles = tensor(64, 2, 16, 3, 128), tensor(64, 64)
@@ -168,6 +169,7 @@ def _calls(gpus: Any) -> list[Callable[[], object]]:
         lambda: kernels.mix_logits(logits, log_weights),
         lambda: kernels.mix_sample(logits, log_weights, log_likelihood=log_weights),
         lambda: kernels.cross_entropy_(rows, targets),
+        lambda: kernels.cross_entropy_(longer, targets),
         lambda: kernels.logit_partials(rows, targets),
         lambda: kernels.logit_gradient_(rows, targets, statistics, statistics),
         norm,
@@ -188,6 +190,8 @@ def _elements(name: str, config: Any) -> int:
         return 64 * 32
     if name in ("split_rotated_kernel", "join_rotated_kernel"):
         return int(config.heads * config.half * 2)
+    if name == "resident_cross_entropy_kernel":
+        return int(config.block * config.kept)
     return int(config.block)
 
 

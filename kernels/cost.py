@@ -9,6 +9,7 @@ from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware
 from btm_scale.kernels.layer_cost import LAYER_COSTS
+from btm_scale.kernels.loss_tuning import LossConfig, cross_entropy_configs
 from btm_scale.kernels.pieces import ceil_div, real_columns, row_alignment, score_pieces, split_columns
 from btm_scale.kernels.tuning import mix_configs, score_configs
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
@@ -40,7 +41,7 @@ def cost(
     *tensors: Tensor | Sequence[Tensor] | bool | float | None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
-    config: ScoreConfig | MixConfig | None = None,
+    config: ScoreConfig | MixConfig | LossConfig | None = None,
     on: Hardware | None = None,
 ) -> Cost:
     """Return the cost of an operator with these tensors, of which only shapes, strides and dtypes are read.
@@ -71,7 +72,7 @@ def cost(
         logits, log_weights, *rest = inputs
         return _mix_cost(operator, logits, log_weights, rest[0] if rest else None, config, on)
     if operator in ("cross_entropy_", "logit_partials", "logit_gradient_"):
-        return _loss_cost(operator, inputs[0])
+        return _loss_cost(operator, inputs[0], vocab_size, config, on)
     if operator in LAYER_COSTS:
         return Cost(*LAYER_COSTS[operator](on, *inputs))
     raise ValueError(
@@ -142,12 +143,15 @@ def _mix_cost(
     return Cost(1, everything + weights, normalizers + finished) + second
 
 
-def _loss_cost(operator: str, logits: Tensor) -> Cost:
-    """Return the cost of one launch. The second pass of cross_entropy_ reads every logit again from memory."""
+def _loss_cost(operator: str, logits: Tensor, vocab_size: int | None, config: Any, on: Hardware | None) -> Cost:
+    """Return the cost of one launch. A row that does not stay in registers is read again from memory."""
     tokens = len(logits)
     size = logits.numel() * logits.element_size()
     if operator == "cross_entropy_":
-        return Cost(1, 2 * size + tokens * _INT, size + tokens * _FLOAT)
+        columns = real_columns(logits.shape[1], 0, vocab_size)
+        config = config or cross_entropy_configs(on or hardware(logits.device), logits, columns)[0]
+        passes = 1 if config.kept else 2
+        return Cost(1, passes * size + tokens * _INT, size + tokens * _FLOAT)
     if operator == "logit_partials":
         return Cost(1, size + tokens * _INT, tokens * _PARTIALS)
     return Cost(1, size + tokens * (_INT + 2 * _FLOAT), size)

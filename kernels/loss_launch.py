@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from btm_scale.kernels.loss import cross_entropy_kernel, logit_gradient_kernel, logit_partials_kernel
+from btm_scale.kernels.loss_resident import resident_cross_entropy_kernel
 from btm_scale.kernels.loss_tuning import LossConfig
 from btm_scale.kernels.partials import Partials
 from btm_scale.kernels.pieces import real_columns
@@ -15,16 +16,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, vocab_size: int | None, c
     """See `btm_scale.kernels.cross_entropy_`. The last stride of `logits` must be 1."""
     tokens, width = logits.shape
     losses = torch.empty(tokens, device=logits.device)
-    cross_entropy_kernel[(tokens,)](
-        logits,
-        targets,
-        losses,
-        real_columns(width, 0, vocab_size),
-        width,
-        logits.stride(0),
-        BLOCK=config.block,
-        num_warps=config.warps,
-    )
+    arguments = logits, targets, losses, real_columns(width, 0, vocab_size), width, logits.stride(0)
+    if config.kept:
+        resident_cross_entropy_kernel[(tokens,)](
+            *arguments, 0, BLOCK=config.block, KEPT=config.kept, num_warps=config.warps
+        )
+    else:
+        cross_entropy_kernel[(tokens,)](*arguments, BLOCK=config.block, num_warps=config.warps)
     return losses
 
 

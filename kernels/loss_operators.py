@@ -13,9 +13,11 @@ from torch import Tensor
 from btm_scale.kernels import loss_reference as reference
 from btm_scale.kernels import operators, paths
 from btm_scale.kernels.checks import check_logits
-from btm_scale.kernels.loss_tuning import LossConfig, loss_configs
+from btm_scale.kernels.hardware import Hardware
+from btm_scale.kernels.loss_tuning import LossConfig, cross_entropy_configs, loss_configs
 from btm_scale.kernels.partials import Partials
 from btm_scale.kernels.paths import Result
+from btm_scale.kernels.pieces import real_columns
 
 
 @torch.no_grad()
@@ -91,11 +93,13 @@ def logit_gradient_(
 
 def _run_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Tensor:
     targets = targets.contiguous()
+    columns = real_columns(logits.shape[1], 0, vocab_size)
     return _run(
         "cross_entropy_",
         logits,
         lambda module, config: module.cross_entropy_(logits, targets, vocab_size=vocab_size, config=config),
         lambda: reference.cross_entropy_(logits, targets, vocab_size=vocab_size),
+        lambda gpu: cross_entropy_configs(gpu, logits, columns),
     )
 
 
@@ -124,13 +128,17 @@ def _run_logit_gradient(
 
 
 def _run(
-    name: str, logits: Tensor, launch: Callable[[ModuleType, LossConfig], Result], plain: Callable[[], Result]
+    name: str,
+    logits: Tensor,
+    launch: Callable[[ModuleType, LossConfig], Result],
+    plain: Callable[[], Result],
+    configs: Callable[[Hardware], list[LossConfig]] = loss_configs,
 ) -> Result:
     """Return what a kernel returns, or what PyTorch computes where it cannot run."""
     module = _triton(logits)
     if module is None:
         return paths.run_reference(name, plain)
-    return paths.run(name, logits, loss_configs, lambda config: launch(module, config), plain)
+    return paths.run(name, logits, configs, lambda config: launch(module, config), plain)
 
 
 def _triton(logits: Tensor) -> ModuleType | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -49,9 +49,9 @@ CASES = {
 }
 
 
-def loss_counts(case: Case) -> Counts:
-    """Return what the loss of a micro-batch does, forward and backward."""
-    from btm_scale.model.loss import head_loss
+def loss_counts(case: Case, head_loss: Callable[..., torch.Tensor] | None = None) -> Counts:
+    """Return what the loss of a micro-batch, or another version of `head_loss`, does forward and backward."""
+    from btm_scale.model import loss
 
     rows, hidden = case.vocabulary // case.tensor, case.shape.hidden
     states = torch.empty(case.tokens, hidden, dtype=torch.bfloat16, device=META, requires_grad=True)
@@ -59,7 +59,8 @@ def loss_counts(case: Case) -> Counts:
     targets = torch.zeros(case.tokens, dtype=torch.int64, device=META)
     group: Any = None if case.tensor == 1 else object()
     with counted() as counts, _of_ranks(case.tensor):
-        head_loss(states, weight, targets, vocabulary=case.vocabulary, group=group).backward()
+        run = head_loss or loss.head_loss
+        run(states, weight, targets, vocabulary=case.vocabulary, group=group).backward()
     return counts
 
 

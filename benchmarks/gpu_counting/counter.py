@@ -165,7 +165,7 @@ def _declared(name: str, args: Any) -> Count:
     if name == "add_product_":
         cost = kernels.products.product_cost(*args)
     elif name in ("cross_entropy_", "logit_partials", "logit_gradient_"):
-        cost = kernels.cost(name, args[0], on=H100)
+        cost = kernels.cost(name, args[0], vocab_size=args[-1], on=H100)
     elif name == "mix_sample":
         logits, log_weights, *settings = args
         cost = kernels.cost(name, logits, log_weights, *settings[2:], on=H100)
@@ -187,7 +187,7 @@ def _bytes(operator: Any, name: str, args: Any, kwargs: Any, result: Any) -> int
             read += _leaves(value)
     if name in ("gather", "embedding", "index_select"):
         read = [*_leaves(result), read[-1]]
-    if name in ("scatter_add_", "scatter_"):
+    if name in ("scatter_add_", "scatter_", "index_add_"):
         changed = [tensor for tensor in read[1:] if tensor.dtype != torch.int64]
         read, written = [*read[1:], *changed], changed
     return sum(_touched(tensor) for tensor in (*read, *written))

@@ -24,12 +24,14 @@ from btm_scale.kernels import hardware, layer_operators, loss_operators, operato
 from btm_scale.kernels.drawing import draw_kernel
 from btm_scale.kernels.gelu import bias_gelu_backward_kernel
 from btm_scale.kernels.loss import cross_entropy_kernel, logit_gradient_kernel, logit_partials_kernel
+from btm_scale.kernels.loss_resident import resident_cross_entropy_kernel
 from btm_scale.kernels.mixing import mix_kernel, normalizer_kernel
 from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
 from btm_scale.kernels.rotary import join_rotated_kernel, split_rotated_kernel
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
 
-LOSS_KERNELS = (cross_entropy_kernel, logit_partials_kernel, logit_gradient_kernel)
+LOSS_KERNELS = (resident_cross_entropy_kernel, cross_entropy_kernel, logit_partials_kernel, logit_gradient_kernel)
+_IN_PLACE = {"resident_cross_entropy_kernel": 1, "cross_entropy_kernel": 2, "logit_gradient_kernel": 1}  # passes
 NORM_KERNELS = (add_norm_kernel, add_norm_backward_kernel, column_sums_kernel)
 LAYER_KERNELS = (*NORM_KERNELS, split_rotated_kernel, join_rotated_kernel, bias_gelu_backward_kernel)
 OTHERS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel)
@@ -51,6 +53,7 @@ WRITTEN = {
     "mix_kernel": {"mixture_ptr"},
     "draw_kernel": {"candidates_ptr", "tokens_ptr", "out_token_ptr", "out_log_prob_ptr"},
     "cross_entropy_kernel": {"logits_ptr", "loss_ptr"},
+    "resident_cross_entropy_kernel": {"logits_ptr", "loss_ptr"},
     "logit_partials_kernel": {"maximum_ptr", "sum_exp_ptr", "target_logit_ptr"},
     "logit_gradient_kernel": {"logits_ptr"},
     "add_norm_kernel": {"total_ptr", "normed_ptr", "mean_ptr", "scale_ptr"},
@@ -142,9 +145,9 @@ class Launch:
                 total += tensor.numel() * (per + 1) // (per + 2) * tensor.element_size()
                 continue
             total += tensor.numel() * tensor.element_size()
-        if self.kernel in ("cross_entropy_kernel", "logit_gradient_kernel"):  # in place, and the first in two passes
-            passes = 2 if self.kernel == "cross_entropy_kernel" else 1
-            total += passes * self.arguments["logits_ptr"].numel() * self.arguments["logits_ptr"].element_size()
+        if self.kernel in _IN_PLACE:
+            logits = self.arguments["logits_ptr"]
+            total += _IN_PLACE[self.kernel] * logits.numel() * logits.element_size()
         if self.kernel == "score_kernel":  # the heads, of which the arguments hold only addresses
             bits = self.arguments["HEAD_DTYPE"].primitive_bitwidth
             total += self._numbers("experts", "columns", "inner") * bits // 8

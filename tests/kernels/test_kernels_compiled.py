@@ -158,19 +158,25 @@ def test_mixing_kernels_compile_without_spills(arch, sizes, tmp_path):
         assert_resources(gpus, tmp_path)
 
 
+# Rows that stay in registers, up to the longest, and one that does not.
+LOGITS = [(32_000, torch.bfloat16), (50_304, torch.bfloat16), (65_536, torch.float16), (65_536, torch.bfloat16)]
+LOGITS += [(128_256, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("arch", cut(ARCHITECTURES, lambda arch: arch in ("sm_90", "gfx942")))
 def test_the_kernels_of_the_loss_compile_without_spills_and_move_16_bytes_at_a_time(arch, tmp_path):
     with stub_gpus(arch) as gpus:
-        for width in (32_000, 50_304):
-            logits = gpus.empty(2, width, dtype=torch.bfloat16)
+        for width, dtype in LOGITS:
+            logits = gpus.empty(2, width, dtype=dtype)
             targets = gpus.tensor(torch.zeros(2, dtype=torch.int64))
             kernels.cross_entropy_(logits, targets, vocab_size=width - 47)
             maximum, sum_exp, _ = kernels.logit_partials(logits, targets, vocab_size=width - 47)
             kernels.logit_gradient_(logits, targets, maximum, sum_exp, vocab_size=width - 47)
         assert {name for name, _ in gpus.compiled()} == {kernel.fn.__name__ for kernel in LOSS_KERNELS}
         assert_resources(gpus, tmp_path)
-        for _, kernel in gpus.compiled() if arch == "sm_90" else []:
+        for name, kernel in gpus.compiled() if arch == "sm_90" else []:
             assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])
+            assert re.search(r"st\.global\S*\.v4\.b32", kernel.asm["ptx"]) or name == "logit_partials_kernel"
 
 
 # (hidden, KV heads, query heads of each, head size) of models of 125 M to 70 B parameters, and an odd one

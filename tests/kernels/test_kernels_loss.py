@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers.loss_cases import assert_exact, assert_shards_are_exact, loss_case
 from helpers.stub_gpu import StubGpus, stub_gpus
+from triton.runtime.errors import OutOfResources
 
 from btm_scale import kernels
 from btm_scale.kernels import loss_operators, products
 from btm_scale.kernels.cost import Cost
+from btm_scale.kernels.hardware import hardware
 
 OPERATORS = ["cross_entropy_", "logit_partials", "logit_gradient_"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,9 +91,12 @@ def test_wrong_arguments_are_our_own_errors():
         kernels.logit_partials(logits, targets, vocab_size=0)
 
 
-def call(gpus: StubGpus, operator: str, tokens: int = 6, rows: int = 1000, stride: int = 1024) -> list[torch.Tensor]:
-    """Call an operator with bfloat16 logits whose rows begin at multiples of `stride`; return its tensors."""
-    logits = gpus.empty(tokens, stride, dtype=torch.bfloat16)[:, :rows]
+def call(
+    gpus: StubGpus, operator: str, rows: int = 1000, stride: int = 1024, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.Tensor]:
+    """Call an operator with 6 tokens' logits whose rows begin at multiples of `stride`; return its tensors."""
+    tokens = 6
+    logits = gpus.empty(tokens, stride, dtype=dtype)[:, :rows]
     tensors = [logits, gpus.tensor(torch.zeros(tokens, dtype=torch.int64))]
     if operator == "logit_gradient_":
         tensors += [gpus.tensor(torch.zeros(tokens)), gpus.tensor(torch.ones(tokens))]
@@ -106,3 +111,50 @@ def test_a_call_is_one_launch_whose_declared_cost_is_what_the_driver_counts(oper
         assert str(kernels.last_path(operator)) == "triton 4096"
         (launch,) = gpus.launches
         assert kernels.cost(operator, *tensors) == Cost(1, launch.bytes_read(), launch.bytes_written())
+
+
+@pytest.mark.parametrize(
+    ("rows", "stride", "dtype", "path"),
+    [
+        (50_304, 50_304, torch.bfloat16, "triton 13x4096"),
+        (992, 1024, torch.float16, "triton 1x4096"),
+        (65_552, 65_552, torch.bfloat16, "triton 4096"),  # longer than the registers hold
+        (50_304, 50_304, torch.float32, "triton 4096"),
+        (1008, 1018, torch.bfloat16, "triton 4096"),  # rows that begin anywhere
+    ],
+)
+def test_rows_that_fit_the_registers_are_declared_and_read_once(rows, stride, dtype, path):
+    with stub_gpus("sm_90") as gpus:
+        tensors = call(gpus, "cross_entropy_", rows, stride, dtype)
+        assert str(kernels.last_path("cross_entropy_")) == path
+        (launch,) = gpus.launches
+        declared = kernels.cost("cross_entropy_", *tensors)
+        assert declared == Cost(1, launch.bytes_read(), launch.bytes_written())
+        reads = 1 if "x" in path else 2
+        assert declared.bytes_read == reads * tensors[0].numel() * dtype.itemsize + 8 * len(tensors[0])
+        on_meta = torch.empty_strided((6, rows), (stride, 1), dtype=dtype, device="meta")
+        assert kernels.cost("cross_entropy_", on_meta, on=hardware(tensors[0].device)) == declared
+
+
+@pytest.mark.parametrize(("vocab", "path"), [(8193, "triton 3x4096"), (8192, "triton 4096")])
+def test_rows_whose_padding_begins_before_their_last_block_are_read_twice(vocab, path):
+    with stub_gpus("sm_90") as gpus:
+        logits, targets = gpus.empty(2, 12_288, dtype=torch.bfloat16), gpus.tensor(torch.zeros(2, dtype=torch.int64))
+        kernels.cross_entropy_(logits, targets, vocab_size=vocab)
+        assert str(kernels.last_path("cross_entropy_")) == path
+        reads = 1 if "x" in path else 2
+        assert (
+            kernels.cost("cross_entropy_", logits, targets, vocab_size=vocab).bytes_read == reads * logits.nbytes + 16
+        )
+
+
+def test_a_gpu_that_refuses_rows_in_registers_reads_them_twice(caplog):
+    def refuse(kernel: str) -> None:
+        if kernel == "resident_cross_entropy_kernel":
+            raise OutOfResources(2, 1, "registers")
+
+    with stub_gpus("sm_90") as gpus:
+        gpus.fail = refuse
+        call(gpus, "cross_entropy_", 1024)
+        assert str(kernels.last_path("cross_entropy_")) == "triton 4096"
+    assert "cross_entropy_ does not run with blocks of 1x4096 on sm_90" in caplog.text

@@ -41,7 +41,11 @@ def test_the_older_triton_is_the_oldest_that_is_allowed():
 @pytest.mark.parametrize(
     ("marks", "words"),
     [
-        pytest.param("not full", "every_launch or few-sm_90 or few-sm_100 or few-gfx942-16 or layers-sm_90", id="some"),
+        pytest.param(
+            "not full",
+            "every_launch or few-sm_90 or few-sm_100 or few-gfx942-16 or layers-sm_90 or (of_the_loss and sm_90)",
+            id="some",
+        ),
         full("full or not full", "", id="all"),
     ],
 )
