@@ -157,7 +157,7 @@ class Generator:
     def _by_one_expert(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
         running = RunningPosterior(self._prior_of(batch.prompts), len(batch.prompts))
         together: JointReading | None = None
-        if len(self.names) > 1 and self.shelf.fit(self.names):
+        if len(self.names) > 1 and self._reads_together():
             together = self.shelf.take_together(self.names, "Method 'expert'").read(batch.prompts)
             assert together.scores is not None
             observe_prompts(running, together.scores, batch.prompts)
@@ -193,6 +193,10 @@ class Generator:
                 yield Step(texts[step.texts], step.tokens)
                 finished |= batch.finished[texts]
             batch.finished[texts] = True
+
+    def _reads_together(self) -> bool:
+        """Whether all experts read prompts as one model: a CPU gains less than it takes to stack their weights."""
+        return self.device != "cpu" and self.shelf.fit(self.names)
 
     def _by_all(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
         reading, running = self.begin(batch.prompts)
