@@ -18,7 +18,8 @@ from btm_scale.errors import CheckpointError, LaunchError, UserError
 from btm_scale.model.decode_graph import DecodeSteps
 from btm_scale.model.float32_head import Float32Head
 from btm_scale.model.hf_load import load_causal_lm, require_causal_lm
-from btm_scale.model.reading import Prefix, Reading, scored
+from btm_scale.model.reading import Prefix, Reading
+from btm_scale.model.scored_texts import scored
 from btm_scale.model.state_scores import StateScores, state_scores_of
 from btm_scale.util.devices import usable_gpus
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from btm_scale.model.hf_decoder import Decoder
     from btm_scale.model.state_scores import StateScores
 
-# Logits in memory at a time while a prompt is read (256 MB of float32), or hidden states where few logits are formed.
-_MAX_LOGITS = 2**26
-_MAX_STATES = 2**26
+# In memory at a time while a prompt is read: logits (256 MB of float32), or hidden states where few logits are formed,
+# beside which attention and MLPs of a layer need several times as much.
+MAX_LOGITS = 2**26
+MAX_STATES = 2**24
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,6 @@ class _Inputs(NamedTuple):
     mask: Tensor | None  # int64 [models x batch, all tokens so far]
     positions: Tensor  # int64 [models x batch, tokens]
     keep: int
-
-
-def scored(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
-    """See Decoder.score. Without logits in memory, no KV cache is needed either."""
-    has_states, longest = decoder.state_scores is not None, max(map(len, texts))
-    numbers = decoder.models * longest * (decoder.hidden if has_states else decoder.vocabulary)
-    rows = max(1, (_MAX_STATES if has_states else _MAX_LOGITS) // numbers)
-    found = []
-    for first in range(0, len(texts), rows):
-        reading = Reading(decoder, texts[first : first + rows], True, is_continued=not has_states)
-        assert reading.log_probs is not None
-        log_probs = reading.log_probs.unflatten(0, (decoder.models, -1))
-        found.append(nn.functional.pad(log_probs, (longest - 1 - log_probs.shape[2], 0)))
-    return torch.cat(found, dim=1).flatten(0, 1)
 
 
 class Reading:
@@ -251,7 +238,7 @@ class Reading:
         """Append prompts; return float32 [models x batch, tokens - 1] of them with `score`, otherwise None."""
         if not score:
             few = self._decoder.keeps_few_logits
-            for piece in ids.split(self._columns(ids, _MAX_STATES if few else _MAX_LOGITS, few), dim=1):
+            for piece in ids.split(self._columns(ids, MAX_STATES if few else MAX_LOGITS, few), dim=1):
                 self.logits = self._forward(piece, keep=1)[:, -1]
             return None
         scores = self._decoder.state_scores
@@ -267,7 +254,7 @@ class Reading:
         begin, batch = self._length, len(ids) // self._decoder.models
         pieces = []
         # Without a KV cache every piece would read all tokens before it again.
-        columns = ids.shape[1] if self._cache is None else self._columns(ids, _MAX_STATES, True)
+        columns = ids.shape[1] if self._cache is None else self._columns(ids, MAX_STATES, True)
         for first in range(0, ids.shape[1], columns):
             piece = ids[:, first : first + columns]
             place = self._appended(piece, keep=piece.shape[1])
@@ -284,7 +271,7 @@ class Reading:
         """Append prompts and score them from their logits."""
         begin = self._length
         pieces = []
-        columns = self._columns(ids, _MAX_LOGITS, False)
+        columns = self._columns(ids, MAX_LOGITS, False)
         for first in range(0, ids.shape[1], columns):
             piece = ids[:, first : first + columns]
             logits = self._forward(piece, keep=0)

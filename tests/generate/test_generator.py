@@ -101,7 +101,7 @@ def test_greedy_mixture_of_a_ragged_batch_equals_brute_force(
     family: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few logits at a time: the longest prompt is read in pieces, the first of which are padding for the others.
-    monkeypatch.setattr(reading, "_MAX_LOGITS", 3 * 4 * len("abcde"))
+    monkeypatch.setattr(reading, "MAX_LOGITS", 3 * 4 * len("abcde"))
     experts = write_experts(tmp_path, 3, family)
     oracle, prior = Oracle(experts), np.log([0.2, 0.5, 0.3])
     generator = Generator(
