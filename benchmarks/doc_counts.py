@@ -68,6 +68,14 @@ def decoding_rows(counts: dict[str, Any]) -> Rows:
     return rows
 
 
+def reading_rows(counts: dict[str, Any]) -> Rows:
+    """Return kernels and GB of reading and scoring a prompt under stacked experts."""
+    rows = [["a prompt that stacked experts read and score", "scored from hidden states", "scored from logits"]]
+    for name, count in counts[_OURS]["reading"].items():
+        rows.append([name, _count(count["states"]), _count(count["logits"])])
+    return rows
+
+
 def _gigabytes(training: dict[str, Any]) -> str:
     return f"{training['bytes']['sums'] / 1e9:.1f} GB"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from doc_counts import count_rows, decoding_rows, loss_rows, offload_rows, utilization_rows
+from doc_counts import count_rows, decoding_rows, loss_rows, offload_rows, reading_rows, utilization_rows
 from doc_kernels import grid_rows, host_rows, resource_rows
 
 from btm_scale.evaluate.results import Results
@@ -198,8 +198,10 @@ def gpu_counts() -> str:
     """Kernels and bytes of training on a GPU, and the utilization that they give."""
     counts = _read("gpu_counts")
     losses = loss_rows(counts, _read("gpu_counts_older"))
-    tables = (losses, count_rows(counts), utilization_rows(counts), offload_rows(counts), decoding_rows(counts))
-    return "\n\n".join(_table(rows) for rows in tables)
+    parts = (count_rows, utilization_rows, offload_rows, decoding_rows, reading_rows)
+    return "
+
+".join([_table(losses), *(_table(rows_of(counts)) for rows_of in parts)])
 
 
 def kernel_resources() -> str:

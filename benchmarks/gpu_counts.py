@@ -4,10 +4,11 @@
     python benchmarks/gpu_counts.py --older FOLDER
 
 Writes results/gpu_counts.json: the loss of a micro-batch, one layer besides its matrix products and attention, sums of
-gradients, the utilization that they give by the formula of gpu_counting/formula.py, and what offloading the inputs of
-layers moves and frees. Beside them are a layer that uses the fused functions of Megatron-core only, the plain model
-under torch.compile, and the fused losses of Liger-Kernel and of PyTorch. With --older, it counts the loss of an older
-checkout of this repository instead, into results/gpu_counts_older.json.
+gradients, the utilization that they give by the formula of gpu_counting/formula.py, what offloading the inputs of
+layers moves and frees, a step of decoding, and a prompt that stacked experts read. Beside them are a layer that uses
+the fused functions of Megatron-core only, the plain model under torch.compile, the fused losses of Liger-Kernel and of
+PyTorch, and transformers' models one by one. With --older, it counts the loss of an older checkout of this repository
+instead, into results/gpu_counts_older.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 from environment import describe
 from gpu_counting.cases import CASES, layer_counts, loss_counts, megatron_layer_counts
 from gpu_counting.counter import Counts
-from gpu_counting.decoding import DECODINGS, Decoding, separate_counts, stacked_counts
+from gpu_counting.decoding import DECODINGS, READINGS, Decoding, reading_counts, separate_counts, stacked_counts
 from gpu_counting.formula import Bytes, described, utilization
 from gpu_counting.loss_peers import liger_count, pytorch_counts
 from gpu_counting.offload import offload_counts
@@ -54,6 +55,7 @@ def main() -> None:
     }
     result["ours"]["offload"] = offload_counts()
     result["ours"]["decoding"] = counted_decoding(stacked_counts)
+    result["ours"]["reading"] = counted_reading()
     result["transformers"] = {"decoding": counted_decoding(separate_counts)}
     result["pytorch"] = {"loss": {name: row(pytorch_counts(case).total()) for name, case in CASES.items()}}
     result["liger"] = {"loss": {name: row(liger_count(case)) for name, case in CASES.items()}}
@@ -126,6 +128,15 @@ def counted_decoding(counts_of: Callable[[Decoding], Counts]) -> dict[str, Any]:
     for name, counts in found.items():
         print("decoding", name, counts.total(), flush=True)
     return {name: row(counts.total()) | {"operators": operators(counts)} for name, counts in found.items()}
+
+
+def counted_reading() -> dict[str, Any]:
+    """Return the counts of reading and scoring a prompt, from hidden states and from logits."""
+    ways = {"states": False, "logits": True}
+    return {
+        name: {way: row(reading_counts(case, from_logits=logits).total()) for way, logits in ways.items()}
+        for name, case in READINGS.items()
+    }
 
 
 def counted_peer() -> dict[str, Any]:

@@ -169,6 +169,9 @@ def _declared(name: str, args: Any) -> Count:
     elif name == "mix_sample":
         logits, log_weights, *settings = args
         cost = kernels.cost(name, logits, log_weights, *settings[2:], on=H100)
+    elif name == "token_logprobs":
+        hidden, heads, targets, vocabulary, *_ = args
+        cost = kernels.cost(name, hidden, heads, targets, vocab_size=vocabulary, on=H100)
     else:
         cost = kernels.cost(name, *args, on=H100)
     return Count(cost.launches, cost.bytes_read + cost.bytes_written)

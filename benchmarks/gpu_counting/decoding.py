@@ -1,4 +1,4 @@
-"""One step of decoding from a mixture: stacked experts with fixed shapes, and transformers' models one by one."""
+"""A step of decoding by stacked experts with fixed shapes, or by transformers' models one by one; reading a prompt."""
 
 from __future__ import annotations
 
@@ -53,6 +53,23 @@ def stacked_counts(case: Decoding) -> Counts:
         logits = step.logits.view(case.experts, case.batch, -1)
         _, gains = choose(logits, posterior.log_weights(), None)  # type: ignore[arg-type]
         posterior.observe(gains)
+    return counts
+
+
+READINGS = {"8 x llama-1.3b, a prompt of 1,024 tokens": Decoding("llama-1.3b", 8, 1, 1024)}
+
+
+def reading_counts(case: Decoding, *, from_logits: bool = False) -> Counts:
+    """Return what it takes to read and score prompts of `columns` tokens under stacked experts.
+
+    `from_logits`: by forming and normalizing all logits, as models do that the scoring kernel does not serve.
+    """
+    together = Together([_decoder(case.shape) for _ in range(case.experts)])
+    (part,) = together.parts
+    if from_logits:
+        part.decoder.state_scores = None
+    with counted() as counts:
+        together.read([[0] * case.columns] * case.batch)
     return counts
 
 

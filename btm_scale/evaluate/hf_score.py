@@ -93,8 +93,7 @@ def block_log_probs(decoder: Decoder, tokens: np.ndarray, block_starts: np.ndarr
     at_once = max(1, _BATCH_TOKENS // longest)
     for first in range(0, len(blocks), at_once):
         batch = blocks[first : first + at_once]
-        scored = decoder.read([tokens[begin : end + 1].tolist() for begin, end in batch]).log_probs
-        assert scored is not None
+        scored = decoder.score([tokens[begin : end + 1].tolist() for begin, end in batch])
         for (begin, end), row in zip(batch, scored.cpu().numpy(), strict=True):
             result[begin:end] = row[len(row) - (end - begin) :]
     return result

@@ -156,17 +156,29 @@ class Generator:
 
     def _by_one_expert(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
         running = RunningPosterior(self._prior_of(batch.prompts), len(batch.prompts))
-        if len(self.names) > 1:
-            scores = [self.shelf.take(name).read(batch.prompts).log_probs for name in self.names]
-            observe_prompts(running, torch.stack([score for score in scores if score is not None]), batch.prompts)
+        together: JointReading | None = None
+        if len(self.names) > 1 and self._reads_together():
+            together = self.shelf.take_together(self.names, "Method 'expert'").read(batch.prompts)
+            assert together.scores is not None
+            observe_prompts(running, together.scores, batch.prompts)
+        elif len(self.names) > 1:
+            scores = [self.shelf.take(name).score(batch.prompts) for name in self.names]
+            observe_prompts(running, torch.stack(scores), batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         weights = torch.as_tensor(batch.posterior, device=self.device)
         batch.drawn = torch.multinomial(weights, 1, generator=random).squeeze(1).cpu().numpy()
+        texts_of = {int(expert): np.flatnonzero(batch.drawn == expert) for expert in np.unique(batch.drawn)}
+        read = {}
+        if together is not None:
+            # What the other experts computed for a text is not needed any more.
+            read = {expert: together.of_model(expert).select(texts.tolist()) for expert, texts in texts_of.items()}
+            together = None
         # In reverse: the experts that read the prompts last are still in memory.
-        for expert in np.unique(batch.drawn)[::-1]:
-            texts = np.flatnonzero(batch.drawn == expert)
-            decoder = Together([self.shelf.take(self.names[expert])])
-            reading = decoder.read([batch.prompts[int(text)] for text in texts], score=False)
+        for expert, texts in reversed(texts_of.items()):
+            reading = read.pop(expert, None)
+            if reading is None:
+                decoder = Together([self.shelf.take(self.names[expert])])
+                reading = decoder.read([batch.prompts[int(text)] for text in texts], score=False)
             finished = batch.finished[texts]
             alone = RunningPosterior(np.zeros(1), len(texts))
             for step in decode(
@@ -181,6 +193,10 @@ class Generator:
                 yield Step(texts[step.texts], step.tokens)
                 finished |= batch.finished[texts]
             batch.finished[texts] = True
+
+    def _reads_together(self) -> bool:
+        """Whether all experts read prompts as one model: a CPU gains less than it takes to stack their weights."""
+        return self.device != "cpu" and self.shelf.fit(self.names)
 
     def _by_all(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
         reading, running = self.begin(batch.prompts)

@@ -12,7 +12,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import UserError, unknown_name
 from btm_scale.forest.average_models import average_model, made_model
 from btm_scale.forest.methods import ENSEMBLE, METHODS, Average, Ensemble, find
-from btm_scale.forest.posterior.evidence import Mode
+from btm_scale.forest.posterior.evidence import Mode, RunningPosterior
 from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import generation_tempering, log_prior_of, models_of
@@ -22,6 +22,9 @@ from btm_scale.kernels import mix_sample
 from btm_scale.run_dir import DENSE, MOE, SEED, RunDir
 
 Tokens = Sequence[int]
+
+# Logits in memory at a time, of all models and texts together (64 MB of float32).
+_MAX_LOGITS = 2**24
 
 
 def generator_of_method(
@@ -97,19 +100,39 @@ def score_continuations(generator: Generator, pairs: Sequence[tuple[Tokens, Toke
         padded[row, : len(continuation)] = continuation
     reading, running = generator.begin(contexts)
     total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
-    for position in range(padded.shape[1]):
-        active = position < lengths
-        logits = reading.logits
-        tokens = torch.as_tensor(padded[:, position], device=logits.device)
-        weights = running.log_weights()
-        log_probs = token_log_probs(logits, tokens).cpu().numpy()
-        total += np.where(active, logsumexp((weights + log_probs).T), 0.0)
-        most_likely, _ = mix_sample(logits, torch.as_tensor(weights, device=tokens.device).float(), temperature=0)
-        greedy &= ~active | (most_likely == tokens).cpu().numpy()
-        running.observe(log_probs, active)
-        if position + 1 < padded.shape[1]:
-            reading.feed(tokens)
+    columns = max(1, _MAX_LOGITS // reading.logits.numel())
+    for first in range(0, padded.shape[1], columns):
+        tokens = torch.as_tensor(padded[:, first : first + columns], device=reading.device)
+        logits = reading.logits.unsqueeze(2)  # before the first token: [models, pairs, 1, vocabulary]
+        if tokens.shape[1] > 1:
+            logits = torch.cat([logits, reading.extend(tokens[:, :-1])], dim=2)
+        active = np.arange(first, first + tokens.shape[1]) < lengths[:, None]
+        nats, most_likely = _mixed(logits, tokens, running, active)
+        total += nats
+        greedy &= (~active | (most_likely == tokens).cpu().numpy()).all(axis=1)
+        if first + columns < padded.shape[1]:
+            reading.feed(tokens[:, -1])
     return list(zip(np.minimum(total, 0.0).tolist(), greedy.tolist(), strict=True))
+
+
+def _mixed(
+    logits: torch.Tensor, tokens: torch.Tensor, running: RunningPosterior, active: np.ndarray
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Return the nats of each pair's active tokens, [pairs], and the most likely token in the place of each.
+
+    Updates the posterior. `logits` are [models, pairs, tokens, vocabulary]; `tokens` and `active` [pairs, tokens].
+    """
+    flat = logits.flatten(1, 2)
+    log_probs = token_log_probs(flat, tokens.flatten()).cpu().numpy().reshape(*active.shape, len(logits))
+    weights, nats = np.empty_like(log_probs), np.zeros(len(active))
+    for position in range(active.shape[1]):
+        weights[:, position] = running.log_weights()
+        mixed = logsumexp((weights[:, position] + log_probs[:, position]).T)
+        nats += np.where(active[:, position], mixed, 0.0)
+        running.observe(log_probs[:, position], active[:, position])
+    rows = torch.as_tensor(weights.reshape(-1, len(logits)), device=logits.device).float()
+    most_likely, _ = mix_sample(flat, rows, temperature=0)
+    return nats, most_likely.view_as(tokens)
 
 
 def score_windows(generator: Generator, windows: Sequence[tuple[Tokens, int]]) -> list[float]:
@@ -118,8 +141,7 @@ def score_windows(generator: Generator, windows: Sequence[tuple[Tokens, int]]) -
     `windows` are (text, number of tokens to score). All but a text's last token must fit the context.
     """
     texts = [text for text, _ in windows]
-    scores = [generator.shelf.take(name).read(texts).log_probs for name in generator.names]
-    stacked = torch.stack([score for score in scores if score is not None]).cpu().numpy()
+    stacked = generator.shelf.take_together(generator.names, "A mixture").score(texts).cpu().numpy()
     totals = []
     for row, (text, count) in enumerate(windows):
         mixed = mixture_log_probs(

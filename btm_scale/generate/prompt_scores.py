@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.generate.running_batch import Alternatives, alternatives_of
 from btm_scale.generate.sampling import token_log_probs
 from btm_scale.generate.together import Together
@@ -21,7 +22,12 @@ _MAX_LOGITS = 2**24
 def prompt_scores(
     together: Together, prompt: Sequence[int], posterior: RunningPosterior, top: int
 ) -> list[Alternatives]:
-    """Return the score of each token of a prompt but the first, under the mixture; updates `posterior` of one text."""
+    """Return the score of each token of a prompt but the first, under the mixture; updates `posterior` of one text.
+
+    With `top` 0 this reads and scores the prompt again; `scores_without_alternatives` takes scores that are known.
+    """
+    if top == 0:
+        return scores_without_alternatives(together.score([prompt])[:, 0], prompt, posterior)
     reading = together.read([prompt[:1]], score=False)
     scores: list[Alternatives] = []
     columns = max(1, _MAX_LOGITS // reading.logits[:, 0].numel())
@@ -40,11 +46,29 @@ def prompt_scores(
     return scores
 
 
+def scores_without_alternatives(
+    scores: torch.Tensor, prompt: Sequence[int], posterior: RunningPosterior
+) -> list[Alternatives]:
+    """Return what `prompt_scores` does with `top` 0, of left-padded scores [experts, tokens]; updates `posterior`."""
+    found = []
+    for log_probs in _of_prompt(scores, prompt).T:
+        mixed = logsumexp(posterior.log_weights()[0] + log_probs)
+        found.append(Alternatives(min(float(mixed), 0.0)))
+        posterior.observe(log_probs[None])
+    return found
+
+
 def weights_after(posterior: RunningPosterior, scores: torch.Tensor, prompt: Sequence[int]) -> list[list[float]]:
     """Return the weights [tokens of the prompt, experts] after each token, of left-padded scores [experts, tokens]."""
-    log_probs = scores.double().cpu().numpy()[:, scores.shape[1] - (len(prompt) - 1) :]
+    log_probs = _of_prompt(scores, prompt)
     weights = [np.exp(posterior.log_weights()[0]).tolist()]
     for position in range(log_probs.shape[1]):
         posterior.observe(log_probs[None, :, position])
         weights.append(np.exp(posterior.log_weights()[0]).tolist())
     return weights
+
+
+def _of_prompt(scores: torch.Tensor, prompt: Sequence[int]) -> np.ndarray:
+    """Return float64 [experts, tokens of the prompt but the first], without padding."""
+    log_probs: np.ndarray = scores.double().cpu().numpy()[:, scores.shape[1] - (len(prompt) - 1) :]
+    return log_probs

@@ -46,6 +46,12 @@ class Together:
         """Start a batch of sequences from prompts of at least one token; with `score`, also score the prompts."""
         return JointReading(self, [part.decoder.read(prompts, score=score) for part in self.parts])
 
+    def score(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the log-probabilities in nats of texts that are not continued, as `JointReading.scores`."""
+        parts = [part.decoder.score(texts).unflatten(0, (part.decoder.models, -1)) for part in self.parts]
+        order = torch.tensor([number for part in self.parts for number in part.models]).argsort()
+        return torch.cat(parts)[order.to(parts[0].device)]
+
     def resume(self, prefixes: Sequence[Prefix], prompt: Sequence[int], kept: int) -> JointReading:
         """Start a sequence that begins with `kept` tokens of the prefix of each model, and has at least one more."""
         readings = [

@@ -5,6 +5,7 @@ transformers is used here because its caches support every family on CPU and GPU
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from btm_scale.model.decode_graph import DecodeSteps
 from btm_scale.model.float32_head import Float32Head
 from btm_scale.model.hf_load import load_causal_lm, require_causal_lm
 from btm_scale.model.reading import Prefix, Reading
+from btm_scale.model.scored_texts import scored
+from btm_scale.model.state_scores import StateScores, state_scores_of
 from btm_scale.util.devices import usable_gpus
 
 # The names of a model's longest sequence in config.json; models without any read sequences of every length.
@@ -63,6 +66,7 @@ class Decoder:
         self.model, self.models = model.eval(), models
         self.vocabulary = vocabulary or model.config.get_text_config().vocab_size
         self.positions = positions_of(model.config.get_text_config())  # maximum sequence length in tokens
+        self.hidden: int = getattr(model.config.get_text_config(), "hidden_size", self.vocabulary)
         self._takes = inspect.signature(model.forward).parameters
         self.steps: DecodeSteps | None = None  # whose CUDA graphs continue texts
         if self.has_cache and self._can_use_steps():
@@ -95,6 +99,16 @@ class Decoder:
         if self.steps is not None:
             self.steps = DecodeSteps(self)
 
+    @functools.cached_property
+    def state_scores(self) -> StateScores | None:
+        """What scores text from hidden states with one launch for all models; None where logits are formed instead."""
+        return state_scores_of(self)
+
+    @property
+    def keeps_few_logits(self) -> bool:
+        """Whether the model computes logits of the last tokens only, if it is asked for no others."""
+        return "logits_to_keep" in self._takes
+
     @property
     def rounding(self) -> float:
         """How much log-probabilities may differ between two ways to compute them."""
@@ -124,6 +138,17 @@ class Decoder:
         if self._is_recurrent and not self._pads:
             self._require_padding(prompts, reading)
         return reading
+
+    def score(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the log-probabilities in nats of texts from their second tokens on, which are not continued.
+
+        float32 [models x texts, longest text - 1], left-padded with 0.
+        """
+        if self._is_recurrent and not self._pads:
+            log_probs = self.read(texts).log_probs
+            assert log_probs is not None
+            return log_probs
+        return scored(self, texts)
 
     def resume(self, prefixes: Sequence[Prefix], prompt: Sequence[int], kept: int) -> Reading:
         """Start a sequence that begins with `kept` tokens of each model's prefix, and has at least one more.

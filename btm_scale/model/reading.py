@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from btm_scale.model.kv_rows import bytes_of, has_all_positions, joined_rows, le
 
 if TYPE_CHECKING:
     from btm_scale.model.hf_decoder import Decoder
+    from btm_scale.model.state_scores import StateScores
 
-# Logits in memory at a time while a prompt is read (256 MB of float32).
-_MAX_LOGITS = 2**26
+# In memory at a time while a prompt is read: logits (256 MB of float32), or hidden states where few logits are formed,
+# beside which attention and MLPs of a layer need several times as much.
+MAX_LOGITS = 2**26
+MAX_STATES = 2**24
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,15 @@ class Prefix:
         return bytes_of(self.cache)
 
 
+class _Inputs(NamedTuple):
+    """What a model computes tokens from."""
+
+    ids: Tensor  # int64 [models x batch, tokens]
+    mask: Tensor | None  # int64 [models x batch, all tokens so far]
+    positions: Tensor  # int64 [models x batch, tokens]
+    keep: int
+
+
 class Reading:
     """A batch of sequences under the models of a decoder: their KV cache and the logits of the next token.
 
@@ -45,9 +57,12 @@ class Reading:
     """float32 [models x batch, longest prompt - 1] in nats, of prompts from their second tokens on, left-padded: 0."""
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], score: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[Sequence[int]], score: bool, *, is_continued: bool = True
+    ) -> None:
+        """Read prompts. One that is not continued needs no KV cache if it is read at once."""
         self._begin(decoder, len(prompts))
-        self._cache = self._new_cache() if decoder.has_cache else None
+        self._cache = self._new_cache() if decoder.has_cache and is_continued else None
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         # Left padding, which is never attended to: all prompts end at the same position and continue from there.
@@ -220,25 +235,62 @@ class Reading:
         return logits
 
     def _read(self, ids: Tensor, score: bool) -> Tensor | None:
-        begin = self._length
-        batch, longest = ids.shape
-        columns = max(1, _MAX_LOGITS // (batch * self._decoder.vocabulary))
-        pieces = []
-        for first in range(0, longest, columns):
-            piece = ids[:, first : first + columns]
-            logits = self._forward(piece, keep=0 if score else 1)
-            self.logits = logits[:, -1]
-            if score:
-                targets = ids[:, first + 1 : first + 1 + piece.shape[1]]
-                logits = logits[:, : targets.shape[1]]
-                log_probs = logits.gather(2, targets[:, :, None]).squeeze(2) - logits.logsumexp(2)
-                pieces.append(log_probs.clamp_(max=0.0))
+        """Append prompts; return float32 [models x batch, tokens - 1] of them with `score`, otherwise None."""
         if not score:
+            few = self._decoder.keeps_few_logits
+            for piece in ids.split(self._columns(ids, MAX_STATES if few else MAX_LOGITS, few), dim=1):
+                self.logits = self._forward(piece, keep=1)[:, -1]
             return None
+        scores = self._decoder.state_scores
+        return self._read_logits(ids) if scores is None else self._read_states(ids, scores)
+
+    def _columns(self, ids: Tensor, most: int, of_states: bool) -> int:
+        """Return how many tokens of each prompt to read at once: with at most this many numbers in memory."""
+        width = self._decoder.hidden if of_states else self._decoder.vocabulary
+        return max(1, most // (len(ids) * width))
+
+    def _read_states(self, ids: Tensor, scores: StateScores) -> Tensor:
+        """Append prompts and score them from their hidden states; only the last tokens' logits are formed."""
+        begin, batch = self._length, len(ids) // self._decoder.models
+        pieces = []
+        # Without a KV cache every piece would read all tokens before it again.
+        columns = ids.shape[1] if self._cache is None else self._columns(ids, MAX_STATES, True)
+        for first in range(0, ids.shape[1], columns):
+            piece = ids[:, first : first + columns]
+            place = self._appended(piece, keep=piece.shape[1])
+            states = scores.states(place.ids, mask=place.mask, positions=place.positions, cache=self._cache)
+            states = states[:, -piece.shape[1] :]
+            targets = ids[:batch, first + 1 : first + 1 + piece.shape[1]]
+            before = slice(begin + first, begin + first + targets.shape[1])
+            mask = self._mask[:batch, before] if self._padded else None
+            pieces.append(scores.log_probs(states[:, : targets.shape[1]], targets, mask))
+        self.logits = scores.logits(states[:, -1])
+        return torch.cat(pieces, dim=1)
+
+    def _read_logits(self, ids: Tensor) -> Tensor:
+        """Append prompts and score them from their logits."""
+        begin = self._length
+        pieces = []
+        columns = self._columns(ids, MAX_LOGITS, False)
+        for first in range(0, ids.shape[1], columns):
+            piece = ids[:, first : first + columns]
+            logits = self._forward(piece, keep=0)
+            self.logits = logits[:, -1]
+            targets = ids[:, first + 1 : first + 1 + piece.shape[1]]
+            logits = logits[:, : targets.shape[1]]
+            log_probs = logits.gather(2, targets[:, :, None]).squeeze(2) - logits.logsumexp(2)
+            pieces.append(log_probs.clamp_(max=0.0))
         # Nothing predicts the first token of a sequence.
         return torch.cat(pieces, dim=1).masked_fill_(~self._mask[:, begin:-1], 0.0)
 
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
+        place = self._appended(ids, keep)
+        return self._decoder.logits(
+            place.ids, mask=place.mask, positions=place.positions, cache=self._cache, keep=place.keep
+        )
+
+    def _appended(self, ids: Tensor, keep: int) -> _Inputs:
+        """Append tokens and return a model's inputs: without a cache, also all tokens before them."""
         begin, end = self._length, self._length + ids.shape[1]
         self._length = end
         if self._cache is None:  # every token is read again
@@ -252,4 +304,4 @@ class Reading:
         if self._padded or end > self._decoder.positions:
             # Finished sequences are fed along with the others; their positions must stay valid.
             positions = positions.clamp(0, self._decoder.positions - 1)
-        return self._decoder.logits(ids, mask=mask, positions=positions, cache=self._cache, keep=keep)
+        return _Inputs(ids, mask, positions, keep)

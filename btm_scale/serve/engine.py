@@ -232,7 +232,9 @@ class Engine:
     def _begin_together(self, names: tuple[str, ...], parts: Sequence[Part]) -> None:
         """Start texts under one model, or under the mixture of several."""
         prompts = [part.job.prompt for part in parts]
-        reading, scores = self._reader.read(names, prompts, score=len(names) > 1, keep=True)
+        # The posterior needs scores, and so does a client that asks for no alternatives to the prompt's tokens.
+        score = len(names) > 1 or any(part.job.score_prompt and not part.job.top for part in parts)
+        reading, scores = self._reader.read(names, prompts, score=score, keep=True)
         assert reading is not None
         posterior = self._reader.posterior(names, prompts, scores)
         self._send_routed(names, parts, posterior, scores)

@@ -27,6 +27,5 @@ class LocalScores:
     def score(self, name: str, prompt: Sequence[int]) -> float:
         """Return the log-probability in nats of a prompt after its first token. May be called from any thread."""
         with self._lock:
-            log_probs = self._shelf.take(name).read([prompt]).log_probs
-        assert log_probs is not None
+            log_probs = self._shelf.take(name).score([prompt])
         return float(log_probs.double().sum())

@@ -12,7 +12,7 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.generator import observe_prompts
 from btm_scale.generate.model_cache import Shelf
-from btm_scale.generate.prompt_scores import prompt_scores, weights_after
+from btm_scale.generate.prompt_scores import prompt_scores, scores_without_alternatives, weights_after
 from btm_scale.generate.running_batch import Alternatives
 from btm_scale.generate.together import JointReading
 from btm_scale.serve.prefixes import PrefixCache
@@ -58,8 +58,7 @@ class PromptReader:
         There are scores if `score`, or if the prompt's cached prefix has them.
         """
         if not keep:
-            scores = [self._shelf.take(name).read(prompts, score=score).log_probs for name in names]
-            return None, torch.stack([own for own in scores if own is not None]) if score else None
+            return None, torch.stack([self._shelf.take(name).score(prompts) for name in names])
         cached = self._prefixes.find(names, prompts[0]) if len(prompts) == 1 else None
         together = self._shelf.take_together(names, "A mixture")
         if cached is None:
@@ -83,7 +82,9 @@ class PromptReader:
         """Return a job's first event. `scores`: of its prompt alone, [models, longest - 1]."""
         found: list[Alternatives] | None = None
         trace: list[list[float]] | None = None
-        if job.score_prompt:
+        if job.score_prompt and not job.top and scores is not None:
+            found = scores_without_alternatives(scores, job.prompt, self._before(names, [job.prompt]))
+        elif job.score_prompt:
             together = self._shelf.take_together(names, "The log-probability of a prompt")
             found = prompt_scores(together, job.prompt, self._before(names, [job.prompt]), job.top or 0)
         if job.trace and len(names) == 1:

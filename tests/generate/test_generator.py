@@ -101,7 +101,7 @@ def test_greedy_mixture_of_a_ragged_batch_equals_brute_force(
     family: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few logits at a time: the longest prompt is read in pieces, the first of which are padding for the others.
-    monkeypatch.setattr(reading, "_MAX_LOGITS", 3 * 4 * len("abcde"))
+    monkeypatch.setattr(reading, "MAX_LOGITS", 3 * 4 * len("abcde"))
     experts = write_experts(tmp_path, 3, family)
     oracle, prior = Oracle(experts), np.log([0.2, 0.5, 0.3])
     generator = Generator(
@@ -116,6 +116,29 @@ def test_greedy_mixture_of_a_ragged_batch_equals_brute_force(
             expected.append(int(np.argmax(oracle.mixture_after(text + expected, **settings))))
         assert generation.tokens + [0] * (generation.finished == "end") == expected
         assert generation.text == Letters().decode(generation.tokens)
+
+
+def test_an_expert_writes_the_same_text_whether_all_read_the_prompts_as_one_model_or_one_after_the_other(
+    experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["abcdabcd", "d", "bbb", ""] * 2
+    settings: dict[str, Any] = {"max_tokens": 6, "random_seed": 4}
+    alone = Generator(experts, Letters(), log_prior=PRIOR).generate(prompts, **settings)
+    assert len({generation.expert for generation in alone}) == len(experts)
+    monkeypatch.setattr(Generator, "_reads_together", lambda self: True)
+    reads: list[int] = []
+    read = hf_decoder.Decoder.read
+
+    def spy(self: Any, texts: Any, **choices: Any) -> Any:
+        reads.append(self.models)
+        return read(self, texts, **choices)
+
+    generator = Generator(experts, Letters(), log_prior=PRIOR)
+    generator.shelf.take_together(generator.names, "")
+    monkeypatch.setattr(hf_decoder.Decoder, "read", spy)
+    together = generator.generate(prompts, **settings)
+    assert reads == [len(experts)]
+    assert [(one.tokens, one.expert) for one in together] == [(one.tokens, one.expert) for one in alone]
 
 
 def test_a_batch_gives_the_same_text_as_its_prompts_one_by_one(experts: dict[str, Path]) -> None:

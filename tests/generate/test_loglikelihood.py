@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
 
 from btm_scale.config.evaluation import Tempering
@@ -12,8 +13,10 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
 from btm_scale.evaluate.ensemble import fitted_to
 from btm_scale.forest.scores import Stack
+from btm_scale.generate import loglikelihood
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations, score_windows
+from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])
@@ -28,10 +31,13 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_experts(tmp_path_factory.mktemp("experts"))
 
 
+@pytest.mark.parametrize("at_once", [None, 1, 2])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["posterior"])
 def test_continuations_and_windows_have_the_mixtures_log_probability(
-    mode: dict[str, Any], experts: dict[str, Path]
+    mode: dict[str, Any], at_once: int | None, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if at_once is not None:  # so many tokens of each continuation
+        monkeypatch.setattr(loglikelihood, "_MAX_LOGITS", at_once * 4 * len(experts) * Letters.vocab_size)
     oracle = Oracle(experts)
     settings = {"log_prior": PRIOR, "mode": mode["posterior"], "tempering": mode.get("tempering")}
     pairs = [([0, 1, 2], [3, 4]), ([0], [1]), ([0, 4, 4, 4, 1, 1], [2, 2, 3])]
@@ -50,6 +56,25 @@ def test_continuations_and_windows_have_the_mixtures_log_probability(
         assert window == pytest.approx(expected, abs=1e-4)
         assert is_greedy == all(np.argmax(step) == token for step, token in zip(steps, text, strict=True))
     assert scores[-1][1]
+
+
+def test_stacked_experts_score_continuations_in_two_forward_passes_and_windows_in_one(
+    experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(experts, Letters(), log_prior=PRIOR, method="mixture")
+    passes: list[tuple[int, ...]] = []
+    logits = Decoder.logits
+
+    def spy(self: Decoder, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        passes.append(tuple(ids.shape))
+        return logits(self, ids, **settings)
+
+    monkeypatch.setattr(Decoder, "logits", spy)
+    score_continuations(generator, [([0, 1, 2], [3, 4, 1, 2]), ([0], [1])])
+    assert passes == [(2 * len(experts), 3), (2 * len(experts), 3)]
+    passes.clear()
+    score_windows(generator, [([0, 1, 2, 3], 2), ([0, 1], 1)])
+    assert passes == [(2 * len(experts), 4)]
 
 
 def test_a_long_context_is_truncated_from_the_left_and_a_long_continuation_is_rejected(

@@ -119,15 +119,17 @@ def test_a_row_with_its_own_generator_repeats_whatever_else_runs(generator: Gene
     assert texts[0] == texts[1]
 
 
-def test_alternatives_and_prompt_scores_are_those_of_the_mixture(generator: Generator) -> None:
+@pytest.mark.parametrize("top", [0, 2])
+def test_alternatives_and_prompt_scores_are_those_of_the_mixture(generator: Generator, top: int) -> None:
     oracle = Oracle({name: generator.shelf._directories[name] for name in generator.names})
     text = [0, 1, 2, 1, 4, 4, 3]
     posterior = RunningPosterior(PRIOR, 1)
-    scores = prompt_scores(generator.shelf.take_together(generator.names, ""), text, posterior, 2)
+    scores = prompt_scores(generator.shelf.take_together(generator.names, ""), text, posterior, top)
+    assert len(scores) == len(text) - 1
     for position, score in enumerate(scores, 1):
         expected = oracle.mixture_after(text[:position], log_prior=PRIOR)
         assert score.log_prob == pytest.approx(expected[text[position]], abs=1e-4)
-        assert [token for token, _ in score.most_likely] == np.argsort(-expected)[:2].tolist()
+        assert [token for token, _ in score.most_likely] == np.argsort(-expected)[:top].tolist()
     batch = RunningBatch(torch.Generator())
     add(batch, generator, "abadd" + "c", top=3)
     tokens, (found,) = batch.sample()

@@ -13,11 +13,15 @@ import torch
 from helpers.killed_run import kill_after, steps_taken
 from helpers.tiny_forest import Letters, write_experts
 from helpers.tiny_run import btm_scale, share_text, tiny_values, write_config
+from transformers import AutoModelForCausalLM
 
 from btm_scale.evaluate.results import load_results
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.sampling import Sampling
+from btm_scale.generate.together import Together
+from btm_scale.kernels import last_path
 from btm_scale.model.decode_graph import DecodeStep
+from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import SEED, RunDir
 
 DEVICE, KERNELS = "cuda", "triton"
@@ -125,3 +129,20 @@ def test_a_mixture_writes_the_same_text_on_the_gpu_by_steps_that_are_cuda_graphs
     assert written[1] == written[0]
     assert len(fed) > 2, "a step that differs from the model's own forward pass is dropped after its first token"
     assert all(fed)
+
+
+def test_prompts_of_stacked_bfloat16_experts_are_scored_by_the_kernel_as_from_their_logits(tmp_path: Path) -> None:
+    experts = write_experts(tmp_path, 3)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(DEVICE) for path in experts.values()]
+    together = Together([Decoder(model) for model in models])
+    (part,) = together.parts
+    assert part.decoder.state_scores is not None
+    prompts = [[0, 1, 2, 3, 4, 1, 2, 3, 3, 1, 4, 2], [0, 4], [0], [0, 2, 2, 2, 1]]
+    found = together.read(prompts)
+    path = last_path("token_logprobs")
+    assert path is not None
+    assert path.backend == KERNELS
+    part.decoder.state_scores = None
+    expected = together.read(prompts)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-3)

@@ -106,3 +106,19 @@ def test_a_token_of_a_mixture_of_stacked_experts_takes_the_committed_kernels(mon
         assert (count.kernels, count.bytes) == (committed["kernels"], committed["bytes"])
         assert count.kernels <= 900
         assert COUNTS["transformers"]["decoding"][name]["kernels"] > 8 * 900
+
+
+def test_a_prompt_is_scored_from_hidden_states_with_the_committed_kernels_and_no_logits_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_counting.decoding import READINGS, reading_counts
+
+    for name, case in READINGS.items():
+        committed = COUNTS["ours"]["reading"][name]
+        counts = reading_counts(case)
+        total = counts.total()
+        assert (total.kernels, total.bytes) == (committed["states"]["kernels"], committed["states"]["bytes"])
+        assert counts.kernels["token_logprobs"] == 2  # for all experts: their partials, and the sum of the partials
+        logits = 4 * case.experts * case.batch * case.columns * case.shape.vocabulary
+        assert committed["logits"]["bytes"] - total.bytes > logits

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import torch
 from helpers.served_forest import CHAT, PRIOR, Served
 from helpers.tiny_forest import POSITIONS, Letters, Oracle
 
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.sampling import Sampling
+from btm_scale.model.hf_decoder import Decoder
 from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.schemas import ChatRequest, CompletionRequest
 
@@ -142,6 +144,28 @@ def test_log_probabilities_of_prompt_and_text_are_those_of_the_mixture(
         assert max(others.values()) == pytest.approx(expected.max(), abs=1e-4)
     # As lm-evaluation-harness reads them: the continuation is the prompt's end, the last token is generated.
     assert choice.text == "abca" + "".join(tokens[4:]).removesuffix(".")
+
+
+@pytest.mark.parametrize("model", ["forest", "expert0"])
+def test_a_prompt_whose_tokens_have_no_alternatives_is_read_once(
+    model: str, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model": model, "prompt": "abcab", "max_tokens": 2, "echo": True, "temperature": 0}
+    expected = client.completions.create(logprobs=1, **settings).choices[0].logprobs
+    lengths: list[int] = []
+    logits = Decoder.logits
+
+    def spy(self: Decoder, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        lengths.append(ids.shape[1])
+        return logits(self, ids, **inputs)
+
+    monkeypatch.setattr(Decoder, "logits", spy)
+    found = client.completions.create(logprobs=0, **settings).choices[0].logprobs
+    assert [length for length in lengths if length > 1] == [6]
+    assert found is not None
+    assert expected is not None
+    assert found.tokens == expected.tokens
+    assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-4)
 
 
 def test_the_first_token_given_has_no_log_probability_if_it_starts_the_document(client: openai.OpenAI) -> None:
