@@ -199,9 +199,7 @@ def gpu_counts() -> str:
     counts = _read("gpu_counts")
     losses = loss_rows(counts, _read("gpu_counts_older"))
     parts = (count_rows, utilization_rows, offload_rows, decoding_rows, reading_rows)
-    return "
-
-".join([_table(losses), *(_table(rows_of(counts)) for rows_of in parts)])
+    return "\n\n".join([_table(losses), *(_table(rows_of(counts)) for rows_of in parts)])
 
 
 def kernel_resources() -> str:
