@@ -25,17 +25,28 @@ def mixtures() -> str:
     rows = [["", *forests]]
     for other in ("uniform", "proportional"):
         rows.append([f"recommended / {other}, trained", *(_text(_ratio(units, forest, other)) for forest in forests)])
-    for unit, replay in (
-        ("predicted", "no replay"),
-        *((f"replay-{share:g}", f"replay {share:g}") for share in _REPLAYS),
-    ):
+    for unit, replay in predictors():
         found = [(forest, units.get(f"{forest}/{unit}")) for forest in forests]
         rows.append([f"{replay}: lowest R2 of a domain's law", *(_text(_lowest_r2(one)) for _, one in found)])
-        rows.append([f"{replay}: Spearman", *(_text(_spearman(units, forest, unit)) for forest, _ in found)])
+        rows.append([f"{replay}: Spearman", *(_text(rank_correlation(units, forest, unit)) for forest, _ in found)])
         rows.append([f"{replay}: perplexity of the uniform average", *(_text(_uniform(one)) for _, one in found)])
         rows.append([f"{replay}: perplexity of each expert on its domain", *(_text(_own(one)) for _, one in found)])
     counts = ", ".join(f"{forest} {len(_trained(units, forest))}" for forest in forests)
     return f"{_table(rows)}\n\nTrained mixtures: {counts} of 8. {_source('mixtures')}."
+
+
+def predictors() -> list[tuple[str, str]]:
+    """Return the units whose experts' averages predict, and how much their experts replay."""
+    return [("predicted", "no replay"), *((f"replay-{share:g}", f"replay {share:g}") for share in _REPLAYS)]
+
+
+def rank_correlation(units: Units, forest: str, predictor: str) -> float | None:
+    """Return Spearman's correlation of the mean perplexity that a unit predicts with that of the trained mixtures."""
+    trained, unit = _trained(units, forest), units.get(f"{forest}/{predictor}")
+    if unit is None or len(trained) < 3:
+        return None
+    predicted = np.array([_mean(unit["predicted"][number]) for number in trained])
+    return spearman(predicted, np.array([_mean(one["perplexity"]) for one in trained.values()]))
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
@@ -47,14 +58,6 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 def _trained(units: Units, forest: str) -> dict[int, Unit]:
     named = {number: units.get(f"{forest}/trained-{number}") for number in range(8)}
     return {number: unit for number, unit in named.items() if unit is not None}
-
-
-def _spearman(units: Units, forest: str, predictor: str) -> float | None:
-    trained, unit = _trained(units, forest), units.get(f"{forest}/{predictor}")
-    if unit is None or len(trained) < 3:
-        return None
-    predicted = np.array([_mean(unit["predicted"][number]) for number in trained])
-    return spearman(predicted, np.array([_mean(one["perplexity"]) for one in trained.values()]))
 
 
 def _ratio(units: Units, forest: str, other: str) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,28 +113,23 @@ def all_of(*readings: Reading) -> Reading:
     return lambda evidence: [figure for read in readings for figure in read(evidence)]
 
 
-def rank_correlation(bound: Bound) -> Reading:
+def rank_correlations(bound: Bound) -> Reading:
     """Read Spearman's correlation of the mean perplexity that averages predict with that of trained mixtures."""
-    from doc_mixtures import spearman
+    from doc_mixtures import predictors, rank_correlation
 
     def read(evidence: Evidence) -> list[Figure]:
-        units = evidence.units("mixtures")
-        values = {}
-        for forest in sorted({name.partition("/")[0] for name in units}):
-            trained = dict(_trained_mixtures(units, forest))
-            if f"{forest}/predicted" in units and len(trained) > 2:
-                predicted = units[f"{forest}/predicted"]["predicted"]
-                pairs = [np.array([_mean_of(predicted[number]) for number in trained]), np.array([*trained.values()])]
-                values[int(forest.rpartition("-")[2])] = spearman(*pairs)
-        return [Figure("Spearman's correlation of predicted and trained mixtures", values, bound)]
+        units, found = evidence.units("mixtures"), []
+        for unit, experts in predictors():
+            by_forest = {name: rank_correlation(units, name, unit) for name in _forests(units)}
+            values = {int(name.rpartition("-")[2]): value for name, value in by_forest.items() if value is not None}
+            found.append(Figure(f"Spearman's correlation, {experts} in the experts", values, bound))
+        return found
 
     return read
 
 
-def _trained_mixtures(units: Mapping[str, Any], forest: str) -> Iterator[tuple[int, float]]:
-    for name, unit in units.items():
-        if name.startswith(f"{forest}/trained-"):
-            yield int(name.rpartition("-")[2]), _mean_of(unit["perplexity"])
+def _forests(units: Mapping[str, Any]) -> list[str]:
+    return sorted({name.partition("/")[0] for name in units})
 
 
 def _unit_mean(units: Mapping[str, Any], forest: str, recipe: str, method: str) -> float | None:

@@ -9,6 +9,7 @@ from btm_scale.evaluate.ablate import Text
 from btm_scale.evaluate.mixture_choice import MixtureGoal, choose, domain_weights
 from btm_scale.evaluate.mixture_record import ChosenMixture
 from btm_scale.evaluate.mixture_runs import Mixture, measure, save_chosen
+from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir
 
 
@@ -34,7 +35,11 @@ def choose_mixture(
     chosen = choose(measured, texts, names, goal, random_seed)
     domains, outside = domain_weights(run, chosen.weights, list(config.expert_domains))
     chosen = chosen.model_copy(
-        update={"domains": {name: {"weight": weight} for name, weight in domains.items()}, "outside": outside}
+        update={
+            "domains": {name: {"weight": weight} for name, weight in domains.items()},
+            "outside": outside,
+            "unreplayed": tuple(name for name in names if len(read_expert(run.model(name)).domains) == 1),
+        }
     )
     save_chosen(run, chosen)
     return chosen

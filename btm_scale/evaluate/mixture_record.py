@@ -79,6 +79,7 @@ class ChosenMixture(Part):
     measured: tuple[MixturePerplexity, ...]  # the lowest mean first
     nearest: Weight  # total variation distance from the chosen mixture to the nearest measured one
     extrapolated: tuple[str, ...]  # texts whose law is less certain there than at any measured mixture
+    unreplayed: tuple[str, ...] = ()  # models that were trained on the text of a single domain
 
     @model_validator(mode="after")
     def _same_texts(self) -> ChosenMixture:

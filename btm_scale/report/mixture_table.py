@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from btm_scale.config.yaml import dump_text
+from btm_scale.errors import first_few
 from btm_scale.evaluate.mixture_law import LAWS, needed
 from btm_scale.evaluate.mixture_record import ChosenMixture, Predicted
 from btm_scale.report.quantities import amount, size
@@ -96,6 +97,12 @@ def trust(chosen: ChosenMixture) -> list[str]:
     poor = [name for name, fit in chosen.fit.items() if fit.r2 < 0.9]
     if poor:
         sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). Raise --runs.")
+    if chosen.unreplayed:
+        sentences.append(
+            f"Each read the text of one domain alone: {first_few(chosen.unreplayed, 'models')}. Averages of such "
+            "models can rank mixtures otherwise than training does: those of experts with `branch: {replay: 0.1}` "
+            "predict better."
+        )
     return sentences
 
 

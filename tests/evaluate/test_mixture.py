@@ -88,6 +88,7 @@ def test_the_answer_has_weights_perplexities_and_the_fit(run: RunDir, here: Meas
     assert sum(text.values()) == pytest.approx(1.0)
     assert text["cpp"] == pytest.approx(found["weights"]["cpp"] + found["weights"][SEED] / 4)
     assert found["outside"] == {}
+    assert found["unreplayed"] == sorted(DOMAINS)
 
 
 def test_what_is_printed_has_the_section_to_paste(
