@@ -127,7 +127,9 @@ def is_at_limit(error: OSError) -> bool:
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C at a terminal reaches workers too: no traceback of each
+    # Ctrl-C at a terminal reaches workers too: no traceback of each. A script's background commands ignore it.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True, name="parent-watch").start()

@@ -117,14 +117,17 @@ def test_workers_end_with_the_process_that_was_killed(forks: bool) -> None:
         time.sleep(0.05)
 
 
-def test_ctrl_c_at_a_terminal_ends_workers_without_their_tracebacks() -> None:
-    code = """
+def after_ctrl_c(handler: str, seconds: float) -> tuple[str, str]:
+    """Return what a process with a pool prints that gets SIGINT, as does each of its workers, which take `seconds`."""
+    code = f"""
         def wait(item):
             os.write(1, b"begun\\n")
-            time.sleep(60)
+            time.sleep({seconds})
 
+        signal.signal(signal.SIGINT, signal.{handler})
         try:
             in_processes(wait, range(2))
+            print("done", flush=True)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
     """
@@ -135,7 +138,16 @@ def test_ctrl_c_at_a_terminal_ends_workers_without_their_tracebacks() -> None:
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.communicate(timeout=30) == ("interrupted\n", "")
+    return process.communicate(timeout=30)
+
+
+def test_ctrl_c_at_a_terminal_ends_workers_without_their_tracebacks() -> None:
+    assert after_ctrl_c("default_int_handler", 60) == ("interrupted\n", "")
+
+
+def test_workers_of_a_command_that_ignores_ctrl_c_ignore_it_too() -> None:
+    """A shell script starts its background commands so."""
+    assert after_ctrl_c("SIG_IGN", 0.5) == ("done\n", "")
 
 
 def test_a_request_to_stop_reaches_no_worker_while_it_starts_or_works() -> None:
