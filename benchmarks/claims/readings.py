@@ -73,17 +73,19 @@ def compute_equivalents(methods: Mapping[str, Bound | None]) -> Reading:
 
 
 def families_of_weights(family: str, to: str, bound: Bound) -> Reading:
-    """Read the mean perplexity of one family of ensemble weights over that of another, on trained domains."""
+    """Read the mean perplexity of one family of ensemble weights over that of another, on trained and novel domains."""
 
     def read(evidence: Evidence) -> list[Figure]:
         found = []
         for name, runs in evidence.document("ensembles")["runs"].items():
-            values = {}
-            for run in runs:
-                ours, theirs = (ratio_of_family(run, one, novel=False) for one in (family, to))
-                if ours is not None and theirs is not None:
-                    values[run["random_seed"]] = ours / theirs
-            found.append(Figure(f"{family} / {to}, trained domains of `{name}`", values, bound))
+            for novel, kind in ((False, "trained domains"), (True, "novel text")):
+                values = {}
+                for run in runs:
+                    ours, theirs = (ratio_of_family(run, one, novel=novel) for one in (family, to))
+                    if ours is not None and theirs is not None:
+                        values[run["random_seed"]] = ours / theirs
+                if values or not novel:
+                    found.append(Figure(f"{family} / {to}, {kind} of `{name}`", values, bound))
         return found
 
     return read
