@@ -7,7 +7,7 @@ from torch import Tensor
 
 from btm_scale.kernels.gelu import bias_gelu_backward_kernel
 from btm_scale.kernels.layer_reference import Normed
-from btm_scale.kernels.layer_tuning import GeluConfig, NormConfig, RotaryConfig
+from btm_scale.kernels.layer_tuning import ColumnsConfig, RotaryConfig
 from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
 from btm_scale.kernels.pieces import ceil_div
 from btm_scale.kernels.rotary import join_rotated_kernel, split_rotated_kernel
@@ -23,7 +23,7 @@ def add_norm(
     shift: Tensor | None,
     epsilon: float,
     *,
-    config: NormConfig,
+    config: ColumnsConfig,
 ) -> Normed:
     """See `layer_reference.add_norm`."""
     changed = bias is not None or residual is not None
@@ -60,7 +60,7 @@ def add_norm_backward(
     has_shift: bool,
     has_bias: bool,
     *,
-    config: NormConfig,
+    config: ColumnsConfig,
 ) -> tuple[Tensor, Tensor]:
     """See `btm_scale.kernels.add_norm_backward`."""
     rows, hidden = scale.numel(), total.shape[-1]
@@ -95,7 +95,9 @@ def _column_sums(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return vectors
 
 
-def bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor, *, config: GeluConfig) -> tuple[Tensor, Tensor]:
+def bias_gelu_backward(
+    upstream: Tensor, values: Tensor, bias: Tensor, *, config: ColumnsConfig
+) -> tuple[Tensor, Tensor]:
     """See `btm_scale.kernels.bias_gelu_backward`."""
     width = len(bias)
     rows = values.numel() // width

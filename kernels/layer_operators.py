@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from btm_scale.kernels.checks import check_bias, check_join, check_norm, check_n
 from btm_scale.kernels.hardware import Hardware
 from btm_scale.kernels.layer_reference import Normed
 from btm_scale.kernels.layer_tuning import gelu_configs, norm_configs, rotary_configs
-from btm_scale.kernels.paths import Config, Result
+from btm_scale.kernels.paths import Config
 
 
 @torch.no_grad()
@@ -163,26 +162,11 @@ def bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor) -> tuple[
 
 
 def _run_add_norm(
-    added: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor,
-    shift: Tensor | None,
-    epsilon: float,
+    added: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, shift: Tensor | None, epsilon: float
 ) -> Normed:
-    tensors = _contiguous(added, bias, residual, weight, shift)
-
-    def launch(module: ModuleType, config: Any) -> Normed:
-        normed: Normed = module.add_norm(*tensors, epsilon, config=config)
-        return normed
-
-    return _run(
-        "add_norm",
-        added,
-        lambda gpu: norm_configs(gpu, added.shape[-1]),
-        launch,
-        lambda: reference.add_norm(added, bias, residual, weight, shift, epsilon),
-    )
+    arguments = added, bias, residual, weight, shift, epsilon
+    normed: Normed = _run("add_norm", added, lambda gpu: norm_configs(gpu, added.shape[-1]), arguments)
+    return normed
 
 
 def _run_add_norm_backward(
@@ -195,87 +179,36 @@ def _run_add_norm_backward(
     has_shift: bool,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    tensors = _contiguous(gradient, upstream, total, weight, mean, scale)
-
-    def launch(module: ModuleType, config: Any) -> tuple[Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor] = module.add_norm_backward(*tensors, has_shift, has_bias, config=config)
-        return gradients
-
-    return _run(
-        "add_norm_backward",
-        total,
-        lambda gpu: norm_configs(gpu, total.shape[-1]),
-        launch,
-        lambda: reference.add_norm_backward(gradient, upstream, total, weight, mean, scale, has_shift, has_bias),
-    )
+    arguments = gradient, upstream, total, weight, mean, scale, has_shift, has_bias
+    return _run("add_norm_backward", total, lambda gpu: norm_configs(gpu, total.shape[-1]), arguments)
 
 
 def _run_split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    tensors = _contiguous(mixed, cos, sin)
-
-    def launch(module: ModuleType, config: Any) -> tuple[Tensor, Tensor]:
-        heads: tuple[Tensor, Tensor] = module.split_rotated(*tensors, config=config)
-        return heads
-
-    return _run(
-        "split_rotated",
-        mixed,
-        lambda gpu: rotary_configs(gpu, mixed.shape[-1]),
-        launch,
-        lambda: reference.split_rotated(mixed, cos, sin),
-    )
+    return _run("split_rotated", mixed, lambda gpu: rotary_configs(gpu, mixed.shape[-1]), (mixed, cos, sin))
 
 
 def _run_join_rotated(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    tensors = _contiguous(query, key, value, cos, sin)
-
-    def launch(module: ModuleType, config: Any) -> tuple[Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor] = module.join_rotated(*tensors, has_bias, config=config)
-        return gradients
-
-    return _run(
-        "join_rotated",
-        key,
-        lambda gpu: rotary_configs(gpu, key.shape[-1]),
-        launch,
-        lambda: reference.join_rotated(query, key, value, cos, sin, has_bias),
-    )
+    arguments = query, key, value, cos, sin, has_bias
+    return _run("join_rotated", key, lambda gpu: rotary_configs(gpu, key.shape[-1]), arguments)
 
 
 def _run_bias_gelu_backward(upstream: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    tensors = _contiguous(upstream, values, bias)
-
-    def launch(module: ModuleType, config: Any) -> tuple[Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor] = module.bias_gelu_backward(*tensors, config=config)
-        return gradients
-
-    return _run(
-        "bias_gelu_backward",
-        values,
-        gelu_configs,
-        launch,
-        lambda: reference.bias_gelu_backward(upstream, values, bias),
-    )
+    return _run("bias_gelu_backward", values, gelu_configs, (upstream, values, bias))
 
 
-def _run(
-    name: str,
-    tensor: Tensor,
-    configs: Callable[[Hardware], list[Config]],
-    launch: Callable[[ModuleType, Config], Result],
-    plain: Callable[[], Result],
-) -> Result:
-    """Run the Triton kernel, or the PyTorch reference where it cannot run."""
+def _run(name: str, tensor: Tensor, configs: Callable[[Hardware], list[Config]], arguments: tuple[object, ...]) -> Any:
+    """Run the Triton kernel, or the PyTorch reference where it cannot run: functions with the operator's name."""
+
+    def plain() -> Any:
+        return getattr(reference, name)(*arguments)
+
     if tensor.numel() == 0 or operators.triton_module(tensor) is None:
         return paths.run_reference(name, plain)
-    module = importlib.import_module("btm_scale.kernels.layer_launch")
-    return paths.run(name, tensor, configs, lambda config: launch(module, config), plain)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    launch = getattr(importlib.import_module("btm_scale.kernels.layer_launch"), name)
+    given = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]
+    return paths.run(name, tensor, configs, lambda config: launch(*given, config=config), plain)
 
 
 def _fake_add_norm(

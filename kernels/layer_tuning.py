@@ -8,27 +8,15 @@ from btm_scale.kernels.hardware import Hardware
 
 LARGEST_NORM = 8192  # columns of a row, which is held in registers
 _ELEMENTS_PER_THREAD = 16
-# Programs of the norm's backward pass, each with a row of sums: two for each multiprocessor of an H100 or H200.
+# Programs of the norm's backward pass, each with a row of sums: two for each multiprocessor of an H100 or H200. There
+# are more of kernels with smaller blocks.
 _PROGRAMS = 264
 _HEAD_ELEMENTS = 1024  # of each half of a block of heads
-_GELU = 2048  # columns of a block
+_GELU = 2048  # columns of a block of GELU's kernel
 
 
-class NormConfig(NamedTuple):
-    """Columns of a block, which is one row, its warps, and the most programs of the backward pass."""
-
-    block: int
-    warps: int
-    programs: int
-
-    @property
-    def blocks(self) -> str:
-        """The block's shape, for messages."""
-        return str(self.block)
-
-
-class GeluConfig(NamedTuple):
-    """Columns of a block, its warps, and the most programs that share a column."""
+class ColumnsConfig(NamedTuple):
+    """Columns of a block, its warps, and the most programs that sum the same columns over rows."""
 
     block: int
     warps: int
@@ -54,13 +42,13 @@ class RotaryConfig(NamedTuple):
         return f"{self.heads}x{self.half}"
 
 
-def norm_configs(hardware: Hardware, hidden: int) -> list[NormConfig]:
-    """Return the configs of the norm's kernels, best first; none if a row is too long for the registers."""
+def norm_configs(hardware: Hardware, hidden: int) -> list[ColumnsConfig]:
+    """Return the configs of the norm's kernels, best first; none if a row, which is a block, exceeds the registers."""
     block = max(64, _power_of_two(hidden))
     if block > LARGEST_NORM:
         return []
     warps = block // (_ELEMENTS_PER_THREAD * _warp(hardware))
-    return [NormConfig(block, max(1, min(16, warps)), _PROGRAMS)]
+    return [ColumnsConfig(block, max(1, min(16, warps)), _PROGRAMS)]
 
 
 def rotary_configs(hardware: Hardware, head_size: int) -> list[RotaryConfig]:
@@ -71,9 +59,9 @@ def rotary_configs(hardware: Hardware, head_size: int) -> list[RotaryConfig]:
     return [RotaryConfig(max(1, elements // half), half, 4 * 32 // _warp(hardware), 4 * _PROGRAMS)]
 
 
-def gelu_configs(hardware: Hardware) -> list[GeluConfig]:
+def gelu_configs(hardware: Hardware) -> list[ColumnsConfig]:
     """Return the configs of GELU's kernel, best first."""
-    return [GeluConfig(_GELU, _GELU // (_ELEMENTS_PER_THREAD * _warp(hardware)), 2 * _PROGRAMS)]
+    return [ColumnsConfig(_GELU, _GELU // (_ELEMENTS_PER_THREAD * _warp(hardware)), 2 * _PROGRAMS)]
 
 
 def _warp(hardware: Hardware) -> int:

@@ -13,14 +13,14 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware, is_interpreted, on_device
-from btm_scale.kernels.layer_tuning import GeluConfig, NormConfig, RotaryConfig
+from btm_scale.kernels.layer_tuning import ColumnsConfig, RotaryConfig
 from btm_scale.kernels.loss_tuning import LossConfig
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
 logger = logging.getLogger(__name__)
 
-Config = TypeVar("Config", ScoreConfig, MixConfig, LossConfig, NormConfig, RotaryConfig, GeluConfig)
-AnyConfig = ScoreConfig | MixConfig | LossConfig | NormConfig | RotaryConfig | GeluConfig
+Config = TypeVar("Config", ScoreConfig, MixConfig, LossConfig, ColumnsConfig, RotaryConfig)
+AnyConfig = ScoreConfig | MixConfig | LossConfig | ColumnsConfig | RotaryConfig
 Result = TypeVar("Result")
 
 

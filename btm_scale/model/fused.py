@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions import fused_bias_gelu
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from btm_scale.kernels import add_norm, add_norm_backward, bias_gelu_backward, join_rotated, split_rotated
@@ -47,26 +48,32 @@ class SplitBiased(torch.autograd.Function):
 
 
 class BiasedProduct(torch.autograd.Function):
-    """states [..., hidden], weight [width, hidden], bias [width] -> states weight^T + bias.
+    """states [..., hidden], weight [width, hidden], bias [width], sums -> states weight^T + bias, [..., width].
 
-    The bias is added in the matrix product. Its gradient is not computed here.
+    The bias is added in the matrix product. Its gradient is not computed here. With `sums`, float32 like the weight,
+    the weight's gradient is added to them, as by Megatron-core's linear layers.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
         """Return [..., width]."""
         ctx.save_for_backward(states, weight)
+        ctx.sums = sums  # changed in place before the backward pass of every micro-batch but the first
         product = torch.addmm(bias, states.flatten(0, -2), weight.t())
         return product.view(*states.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Return the gradients of states and weight."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of states and weight, the latter unless it is summed."""
         states, weight = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
+        gradient, rows = gradients[0].flatten(0, -2), states.flatten(0, -2)
         for_states = torch.mm(gradient, weight).view_as(states) if ctx.needs_input_grad[0] else None
-        for_weight = torch.mm(gradient.t(), states.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return for_states, for_weight, None
+        for_weight = None
+        if ctx.sums is not None:
+            layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(rows, gradient, ctx.sums)
+        elif ctx.needs_input_grad[1]:
+            for_weight = torch.mm(gradient.t(), rows)
+        return for_states, for_weight, None, None
 
 
 class BiasGelu(torch.autograd.Function):

@@ -25,8 +25,11 @@ class BiasedQkv(ColumnParallelLinear):
     `BiasedAttention` computes the bias's gradient.
     """
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor, **_: Any) -> Tensor:
-        product: Tensor = BiasedProduct.apply(input, weight, bias.detach())
+    def _forward_impl(
+        self, input: Tensor, weight: Any, *, bias: Tensor, gradient_accumulation_fusion: bool, **_: Any
+    ) -> Tensor:
+        sums = weight.main_grad if gradient_accumulation_fusion else None
+        product: Tensor = BiasedProduct.apply(input, weight, bias.detach(), sums)
         return product
 
 

@@ -227,11 +227,8 @@ def build_model(
     if offload_activations:
         assert recompute in ("full", "tiled"), "other layers keep more than their input"
         spec.params = {**(spec.params or {}), "host_inputs": HostInputs(shape.layers)}  # of all layers
-    if config.normalization == "RMSNorm":
-        norm: Any = LastRMSNorm if fused else RMSNorm
-    else:
-        norm = LastLayerNorm if fused else LayerNorm
-    layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
+    _, last_norm = _norms(config, fused=fused)
+    layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=last_norm)
     if sequence_parallel:
         # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.
         initialize_rng_tracker(inference_rng_tracker=True)
@@ -266,10 +263,7 @@ def _layer_spec(
     `fused`: those for a GPU; `releases_weights`: as for `build_model`.
     """
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    if config.normalization == "RMSNorm":
-        norm: Any = AddRMSNorm if fused else RMSNorm
-    else:
-        norm = AddLayerNorm if fused else LayerNorm
+    norm, _ = _norms(config, fused=fused)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     rotary = Rotary(shape) if shape.rotary else None
     attention = spec.submodules.self_attention
@@ -307,6 +301,13 @@ def _layer_spec(
     if fused:
         spec.params = {**(spec.params or {}), "adds": releases_weights or recompute in ("full", "tiled")}
     return spec
+
+
+def _norms(config: TransformerConfig, *, fused: bool) -> tuple[Any, Any]:
+    """Return the norms in a layer, and the norm after the last layer."""
+    if config.normalization == "RMSNorm":
+        return (AddRMSNorm, LastRMSNorm) if fused else (RMSNorm, RMSNorm)
+    return (AddLayerNorm, LastLayerNorm) if fused else (LayerNorm, LayerNorm)
 
 
 def _draw(weight: Tensor, *, rows: int, vocabulary: int) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -12,19 +11,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
-from helpers.warm import Warm
 from transformers import AutoModelForCausalLM
 
-from btm_scale.cli.app import main
-from btm_scale.cli.generate import prompts_of
 from btm_scale.config.evaluation import Tempering
-from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, UserError
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.request import Batch
 from btm_scale.generate.sampling import Sampling, cut
 from btm_scale.model import hf_decoder, hf_load, reading
-from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])
 TEMPERING = Tempering(power=0.4, forgetting=0.9, share=0.05)
@@ -262,82 +256,6 @@ def test_truncated_weights_raise(experts: dict[str, Path], tmp_path: Path) -> No
 def test_a_prompt_longer_than_the_context_is_rejected(experts: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=f"Prompt 2 has {POSITIONS + 1} tokens, .* at most {POSITIONS}"):
         Generator(experts, Letters()).generate(["a", "a" * POSITIONS])
-
-
-PROMPTS = ["--prompt", "import os", "--prompt", "THE SOFTWARE IS PROVIDED"]
-
-
-@pytest.mark.slow
-def test_generate_prints_one_json_document(handmade: tuple[RunConfig, RunDir], warm: Warm) -> None:
-    _, run = handmade
-    document = json.loads(warm.check("generate", run.root, *PROMPTS, "--max-tokens", "6", "--json").stdout)
-    first, second = document["generations"]
-    assert first["expert"] in first["posterior"]
-    assert set(first["posterior"]) == {"cpp", "docs", "licences", "python"}
-    assert second["prompt"] == "THE SOFTWARE IS PROVIDED"
-    assert len(second["tokens"]) <= 6
-
-
-def test_the_text_of_a_single_prompt_is_streamed(
-    handmade: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    config, run = handmade
-    (tmp_path / "prompts.txt").write_text("import os\n")
-    greedy = ["--method", "mixture", "--posterior", "tempered", "--temperature", "0", "--domain", "python"]
-    main(
-        [
-            "generate",
-            str(run.root),
-            "--prompts",
-            str(tmp_path / "prompts.txt"),
-            *greedy,
-            "--max-memory",
-            "1GB",
-            "--max-tokens",
-            "9",
-        ]
-    )
-    generator = Generator.of_run(
-        config, run, domain="python", method="mixture", posterior="tempered", sampling=Sampling(temperature=0)
-    )
-    (generation,) = generator.generate(["import os"], max_tokens=9)
-    assert capsys.readouterr().out == generation.text + "\n"
-    seed = Generator.of_run(config, run, models=["seed"])
-    assert [generation.posterior for generation in seed.generate(["import os"], max_tokens=2)] == [{"seed": 1.0}]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--method", "beam"], "Unknown generation method 'beam'"),
-        (["--posterior", "suffix"], "Unknown posterior 'suffix'"),
-        (["--prior", "known"], "Unknown prior 'known'"),
-        (["--domain", "law"], "Unknown domain 'law'"),
-        (["--domain", "python", "--prior", "uniform"], "does not depend on a domain. Remove --domain python, or use"),
-        (["--model", "absent"], "Unknown model 'absent'. Choose one of seed, "),
-        (["--model", "Pyton"], "Unknown model 'Pyton'. Did you mean 'python'?"),
-        (["--prompt", "word " * 100], "shorten it"),
-        (["--prompts", "/absent.txt"], "Cannot read prompts"),
-        (["--max-memory", "much"], "Invalid size 'much'"),
-        (["--max-memory", "10KB"], "Increase --max-memory"),
-        (["--device", "abacus"], "Cannot use device 'abacus'"),
-        (["--top-k", "5"], "temperature 1, without top-k"),
-        (["--batch", "0"], "at least 0 tokens and 1 prompt"),
-    ],
-)
-def test_user_errors_exit_with_2_and_a_message(
-    wrong: list[str], message: str, handmade: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", str(handmade[1].root), "--prompt", "x", *wrong])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_prompt_that_is_not_utf8_is_rejected() -> None:
-    assert prompts_of(["naïve 北京 🎉"], None) == ["naïve 北京 🎉"]
-    with pytest.raises(UserError, match=r"the prompt 'a\\udcff' is not UTF-8"):
-        prompts_of(["a\udcff"], None)
 
 
 @pytest.mark.parametrize("moment", ["before its config is read", "before its weights are read", "while it loads"])

@@ -36,7 +36,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_continuations_and_windows_have_the_mixtures_log_probability(
     mode: dict[str, Any], at_once: int | None, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if at_once is not None:  # so many tokens of each continuation
+    if at_once is not None:  # tokens of each continuation
         monkeypatch.setattr(loglikelihood, "_MAX_LOGITS", at_once * 4 * len(experts) * Letters.vocab_size)
     oracle = Oracle(experts)
     settings = {"log_prior": PRIOR, "mode": mode["posterior"], "tempering": mode.get("tempering")}

@@ -19,7 +19,7 @@ from helpers.layer_cases import (
 )
 
 from btm_scale.kernels import add_norm, add_norm_backward, last_path, layer_launch, split_rotated
-from btm_scale.kernels.layer_tuning import NormConfig
+from btm_scale.kernels.layer_tuning import ColumnsConfig
 
 # Fewer rows than programs, more, and a width that no block divides.
 SHAPES = [(1, 1, 64), (3, 2, 100), (134, 2, 96), (2, 1, 5000)]
@@ -57,7 +57,7 @@ def test_the_sums_of_many_rows_do_not_depend_on_their_division_beyond_float32():
     total, _, mean, scale = add_norm(case.added, case.weight, residual=case.residual, shift=case.shift)
     arguments = case.gradient, case.upstream, total, case.weight, mean, scale, True, True
     results = [
-        layer_launch.add_norm_backward(*arguments, config=NormConfig(64, 4, programs)) for programs in (1, 7, 264)
+        layer_launch.add_norm_backward(*arguments, config=ColumnsConfig(64, 4, programs)) for programs in (1, 7, 264)
     ]
     for result, sums in results[1:]:
         assert torch.equal(result, results[0][0])
