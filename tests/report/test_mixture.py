@@ -76,8 +76,10 @@ def test_an_extrapolation_and_a_poor_law_are_said():
 def test_experts_without_replay_are_named_since_their_averages_can_mislead():
     chosen = chosen_mixture()
     assert not [words for words in trust(chosen) if "Trained on a single domain" in words]
-    alone = chosen.model_copy(update={"unreplayed": ("a", "b", "c", "d")})
-    assert any("Trained on a single domain: a, b, c and 1 more models" in words for words in trust(alone))
+    alone = chosen.model_copy(update={"unreplayed": tuple("abcdefghij")})
+    assert any(
+        "Trained on a single domain: a, b, c, d, e, f, g, h and 2 more models" in words for words in trust(alone)
+    )
 
 
 REPLAY = CriticalReplay.model_validate(
