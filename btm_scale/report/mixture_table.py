@@ -98,9 +98,10 @@ def trust(chosen: ChosenMixture) -> list[str]:
     if poor:
         sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). Raise --runs.")
     if chosen.unreplayed:
+        named = first_few(chosen.unreplayed, "models", most=8)
         sentences.append(
-            f"Trained on a single domain: {first_few(chosen.unreplayed, 'models', most=8)}. Averages of such models can "
-            "rank mixtures differently from training; those of experts with `branch: {replay: 0.1}` predict better."
+            f"Trained on a single domain: {named}. Averages of such models can rank mixtures differently from training; "
+            "those of experts with `branch: {replay: 0.1}` predict better."
         )
     return sentences
 
