@@ -100,8 +100,8 @@ def trust(chosen: ChosenMixture) -> list[str]:
     if chosen.unreplayed:
         named = first_few(chosen.unreplayed, "models", most=8)
         sentences.append(
-            f"Trained on a single domain: {named}. Averages of such models can rank mixtures differently from training; "
-            "those of experts with `branch: {replay: 0.1}` predict better."
+            f"Trained on a single domain: {named}. Averages of such models can rank mixtures differently from "
+            "training. Those of experts with `branch: {replay: 0.1}` predict better."
         )
     return sentences
 
