@@ -85,7 +85,7 @@ def _rows() -> Iterator[tuple[str, str, str]]:
     yield from ((label, "forest", method) for method, label in _METHODS.items())
     yield "`moe`, router `fitted-routed`, not trained", "router-fitted-routed", "moe"
     for share in _SHARES:
-        yield f"`moe`, router `fitted`, {share:.0%} more tokens", f"joint-{share:g}", "moe"
+        yield f"`moe`, router `fitted-routed`, {share:.0%} more tokens", f"joint-{share:g}", "moe"
         yield f"dense, {share:.0%} more tokens", "dense", f"dense-{1 + share:g}x"
     for method in ("own", "ensemble", "ensemble:tempered"):
         yield f"MLPs alone: {_METHODS[method]}", "mlps", method

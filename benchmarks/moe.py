@@ -91,8 +91,8 @@ class Forest:
         return {"perplexity": {MOE: mixture_perplexity(self.run)}}
 
     def _joint(self, share: float) -> dict[str, Any]:
-        """Train the mixture of complete experts jointly, beginning with the router `fitted`."""
-        self._train(self.run, "moe.router=fitted", f"moe.train.budget_share={share:g}")
+        """Train the mixture of complete experts jointly, beginning with the default router."""
+        self._train(self.run, "moe.router=fitted-routed", f"moe.train.budget_share={share:g}")
         return {"perplexity": {MOE: mixture_perplexity(self.run)}}
 
     def _longer_dense(self) -> dict[str, Any]:

@@ -177,12 +177,12 @@ CLAIMS = (
         "After joint training, the mixture of experts has a lower perplexity than the ensemble that it was made of.",
         f"{_BTX}, section 4",
         f"{_FOUR}; joint training with 10% and 20% more tokens",
-        "python benchmarks/moe.py --units 'demo-*/joint-*' 'demo-*/router-fitted'",
+        "python benchmarks/moe.py --units 'demo-*/joint-*' 'demo-*/router-fitted-routed'",
         ("moe",),
         moe_ratios(
             ("joint-0.1", "moe", "forest", "ensemble", _LESS),
             ("joint-0.2", "moe", "forest", "ensemble", _LESS),
-            ("router-fitted", "moe", "forest", "ensemble", None),
+            ("router-fitted-routed", "moe", "forest", "ensemble", None),
         ),
         "Everything but the MLPs is averaged when the mixture is made. These experts have moved far from one another, "
         "so that averaging loses much of their gain, and so little joint training does not win all of it back. BTX "

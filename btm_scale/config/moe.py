@@ -23,8 +23,11 @@ class MoeTrainConfig(Section):
     budget_share: float = Field(
         default=0.1, ge=0, description="training tokens as a fraction of budget.tokens; 0 trains nothing"
     )
+    batch_tokens: int | None = Field(
+        default=None, gt=0, description="tokens per step; default: budget.batch_tokens divided by the number of experts"
+    )
     parameters: Literal["all", "router"] = Field(default="all", description="the trained part")
-    lr_scale: float = Field(default=1.0, gt=0, description="learning rate as a multiple of optimizer.lr")
+    lr_scale: float = Field(default=0.25, gt=0, description="learning rate as a multiple of optimizer.lr")
     router_lr_scale: float = Field(default=3.0, gt=0, description="that of the routers, as a multiple of optimizer.lr")
     z_loss: float = Field(default=1e-3, ge=0, description="weight of the mean squared logsumexp of the routers' logits")
     balance: float = Field(default=0.0, ge=0, description="weight of the load-balancing loss")
@@ -51,6 +54,15 @@ def mixture_experts(config: RunConfig) -> list[str]:
     if config.moe is None:
         return []
     return sorted(config.expert_domains if config.moe.experts == "all" else config.moe.experts)
+
+
+def mixture_sequences(config: RunConfig) -> int:
+    """Return the sequences per batch of the mixture's joint training."""
+    assert config.moe is not None
+    own = config.moe.train.batch_tokens
+    if own is not None:
+        return max(1, own // config.budget.sequence_length)
+    return max(1, config.budget.sequences // len(mixture_experts(config)))
 
 
 def mixture_layout(config: RunConfig) -> Layout:
@@ -108,5 +120,5 @@ def mixture_problems(config: RunConfig) -> Iterator[str]:
     except ValidationError as error:
         yield explain(error, Layout, prefix="moe.layout")
         return
-    problems = layout.problems(shape, config.budget.sequence_length) + layout.batch_problems(config.budget.sequences)
+    problems = layout.problems(shape, config.budget.sequence_length) + layout.batch_problems(mixture_sequences(config))
     yield from (f"moe.layout: {problem}" for problem in problems)

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_scale.config.layout import Layout
-from btm_scale.config.moe import MoeConfig, MoeTrainConfig, mixture_experts, mixture_layout, mixture_shape
+from btm_scale.config.moe import (
+    MoeConfig,
+    MoeTrainConfig,
+    mixture_experts,
+    mixture_layout,
+    mixture_sequences,
+    mixture_shape,
+)
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig, OptimizerConfig
 from btm_scale.errors import ConfigError, unknown_name
@@ -174,7 +181,8 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
 
 def _mixture_job(config: RunConfig, moe: MoeConfig) -> TrainingJob:
     """Return the job of the mixture of experts, which trains on the domains of its experts as dense does."""
-    steps = round(moe.train.budget_share * config.budget.tokens / config.budget.batch_tokens)
+    sequences = mixture_sequences(config)
+    steps = round(moe.train.budget_share * config.budget.tokens / (sequences * config.budget.sequence_length))
     steps = max(1, steps) if moe.train.budget_share else 0
     return TrainingJob(
         model=MOE,
@@ -182,10 +190,10 @@ def _mixture_job(config: RunConfig, moe: MoeConfig) -> TrainingJob:
         weights={name: config.expert_domains[name].weight for name in mixture_experts(config)},
         part=None,
         steps=steps,
-        sequences=config.budget.sequences,
-        batch_share=1.0,
+        sequences=sequences,
+        batch_share=sequences / config.budget.sequences,
         first_sample=0,
-        samples=steps * config.budget.sequences,
+        samples=steps * sequences,
         progress=(0.0, 1.0),
         layout=mixture_layout(config),
         trains=moe.train.parameters,

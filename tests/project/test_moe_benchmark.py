@@ -58,9 +58,9 @@ def test_recipes_are_relative_to_dense_and_mlp_experts_have_the_gain_that_the_mi
     }
     rows = table("moe_recipes", units)
     assert rows["`ensemble`"] == ["0.500"]
-    assert rows["`moe`, router `fitted`, 10% more tokens"] == ["0.750"]
+    assert rows["`moe`, router `fitted-routed`, 10% more tokens"] == ["0.750"]
     assert rows["dense, 10% more tokens"] == ["0.900"]
-    assert rows["`moe`, router `fitted`, 20% more tokens"] == ["-"]
+    assert rows["`moe`, router `fitted-routed`, 20% more tokens"] == ["-"]
     assert rows["**MLPs alone: gain over the seed LM that `moe` keeps, router `fitted`**"] == ["0.50"]
 
 

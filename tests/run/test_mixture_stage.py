@@ -26,7 +26,7 @@ from btm_scale.train.jobs import is_trained, optimizer_of, shape_of, training_jo
 from btm_scale.train.metrics import read_metrics
 
 DOMAINS = ["cpp", "docs", "licences", "python"]
-TRAIN = {"budget_share": 0.5, "balance": 0.01, "lr_scale": 0.1, "router_lr_scale": 0.3}
+TRAIN = {"budget_share": 0.5, "batch_tokens": 1024, "balance": 0.01, "lr_scale": 0.1, "router_lr_scale": 0.3}
 Run = tuple[RunConfig, RunDir]
 
 
@@ -143,12 +143,21 @@ def test_the_mixture_is_the_last_stage_and_absent_without_its_section() -> None:
 def test_the_mixture_trains_on_a_part_of_the_budget_with_its_own_schedule() -> None:
     config = run_config(moe={"train": {"budget_share": 0.2, "lr_scale": 0.5, "router_lr_scale": 2.0}})
     job, optimizer = training_job(config, MOE), optimizer_of(config, MOE)
-    assert job.steps == round(0.2 * config.budget.tokens / config.budget.batch_tokens)
+    assert job.sequences == config.budget.sequences // 4, "the batch of an expert"
+    assert job.steps == round(0.2 * config.budget.tokens / (config.budget.batch_tokens / 4))
     assert job.router_rate == 4.0
     rates = [job.rate_at(step, optimizer) for step in range(1, job.steps + 1)]
     assert max(rates) == pytest.approx(0.5 * config.optimizer.lr, rel=0.02)
     assert rates.index(max(rates)) == pytest.approx(0.1 * job.steps, abs=1)
     assert rates[-1] == 0.0
+
+
+def test_the_batch_of_joint_training_may_be_chosen() -> None:
+    config = run_config(moe={"train": {"budget_share": 0.2, "batch_tokens": 4096}})
+    job = training_job(config, MOE)
+    assert job.sequences == 4096 // config.budget.sequence_length
+    assert job.steps == round(0.2 * config.budget.tokens / 4096)
+    assert job.batch_share == pytest.approx(4096 / config.budget.batch_tokens)
 
 
 def test_a_plan_counts_the_memory_of_all_experts_and_the_operations_of_the_active_ones() -> None:
