@@ -154,10 +154,12 @@ def sweep() -> str:
 def speed() -> str:
     """Every benchmark, one line per ratio."""
     rows = [["benchmark", "compared with", "ratio"]]
-    for name, case in _read("train")["cases"].items():
+    training = _read("train")
+    for name, case in training["cases"].items():
         peer = PEERS[case["case"]["ranks"]]
-        for allocator, ratio in case["ratio_to"].items():
-            rows.append([TRAINING.format(case=name), f"{peer}{ALLOCATORS[allocator]}", f"{ratio:.2f}"])
+        for key, ratio in case["ratio_to"].items():
+            other = f"{peer}{ALLOCATORS[key]}" if key in ALLOCATORS else f"commit {training['older_commit']}"
+            rows.append([TRAINING.format(case=name), other, f"{ratio:.2f}"])
     rows += _generating()
     rows.append([GPU_TRAINING, "plain PyTorch, torch.compile", _on_gpu()])
     rows.append([ENCODING, "sentencepiece with threads", f"{_read('encode')['rate']['median_ratio']:.2f}"])

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,8 +130,11 @@ def seconds_a_step(case: Case, step: Step, steps: int, warm_up: int = 1) -> floa
     return (time.perf_counter() - begin) / steps
 
 
-def in_ranks(script: str, case: Case, peer: str, options: list[str]) -> dict[str, Any]:
-    """Run `script --peer PEER` as fresh ranks on this machine and return the JSON that the first one printed last."""
+def in_ranks(script: str | Path, case: Case, peer: str, options: list[str], **variables: str) -> dict[str, Any]:
+    """Run `script --peer PEER` as fresh ranks on this machine and return the JSON that the first one printed last.
+
+    `variables` are of the ranks' environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -146,8 +150,8 @@ def in_ranks(script: str, case: Case, peer: str, options: list[str]) -> dict[str
         }
         ranks.append(
             subprocess.Popen(
-                [sys.executable, script, *options, "--peer", peer],
-                env=os.environ | {name: str(value) for name, value in where.items()},
+                [sys.executable, str(script), *options, "--peer", peer],
+                env=os.environ | {name: str(value) for name, value in where.items()} | variables,
                 stdout=subprocess.PIPE,
                 text=True,
             )

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from btm_scale.model.norm import rms_norm
 from btm_scale.model.packed_attention import attend_packed
 from btm_scale.model.packing import Packed, has_flash
 from btm_scale.model.rotary import Rotary
@@ -71,4 +72,5 @@ class HeadNorm(torch.nn.RMSNorm):
     def forward(self, heads: Tensor) -> Tensor:
         """Normalize heads [length, batch, heads, d] over d."""
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.shared else self.weight
-        return functional.rms_norm(heads, self.normalized_shape, weight, self.eps)
+        assert self.eps is not None
+        return rms_norm(heads, weight, self.eps)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.context_parallel import ContextAttention, ContextPart
+from btm_scale.model.cpu_layer import CpuLayer
 from btm_scale.model.fused_layer import (
     AddLayerNorm,
     AddRMSNorm,
@@ -296,8 +297,8 @@ def _layer_spec(
         spec.module = TiledFusedLayer if fused else TiledLayer
     elif recompute in ("full", "tiled"):
         spec.module = RecomputedFusedLayer if fused else RecomputedLayer
-    elif fused:
-        spec.module = FusedLayer
+    else:
+        spec.module = FusedLayer if fused else CpuLayer
     if fused:
         spec.params = {**(spec.params or {}), "adds": releases_weights or recompute in ("full", "tiled")}
     return spec

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from btm_scale.model.attention import CausalAttention
+from btm_scale.model.cpu_layer import CpuLayer
 from btm_scale.model.fused_layer import FusedLayer
 from btm_scale.model.offload import HostInputs
 from btm_scale.model.tiles import rows_per_tile
@@ -62,8 +62,8 @@ class _Recomputed:
         return self._host_inputs.holding(hidden, number)
 
 
-class RecomputedLayer(_Recomputed, TransformerLayer):
-    """Megatron-core's layer, recomputed."""
+class RecomputedLayer(_Recomputed, CpuLayer):
+    """`CpuLayer`, recomputed."""
 
 
 class RecomputedFusedLayer(_Recomputed, FusedLayer):  # type: ignore[misc]
@@ -84,7 +84,7 @@ class _Tiled:
 
 
 class TiledLayer(_Tiled, RecomputedLayer):
-    """Megatron-core's layer, recomputed, with its MLP in tiles."""
+    """`CpuLayer`, recomputed, with its MLP in tiles."""
 
 
 class TiledFusedLayer(_Tiled, RecomputedFusedLayer):  # type: ignore[misc]

@@ -75,17 +75,24 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(heads, cos, sin, 1)
+        result = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+        if heads.device.type == "cpu":
+            # Attention on a CPU reads a head's rows faster where they follow one another in memory.
+            length, batch, number, size = heads.shape
+            result = result.view(batch, number, length, size).permute(2, 0, 1, 3)
+        return _rotate(heads, cos, sin, 1, result)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, sin, -1), None, None
+        gradient = gradients[0]
+        result = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+        return _rotate(gradient, cos, sin, -1, result), None, None
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, sign: int, result: Tensor) -> Tensor:
+    """Write the heads, rotated by the angles times `sign`, to `result` and return it."""
     left, right = heads.chunk(2, dim=-1)
-    result = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     first, second = result.chunk(2, dim=-1)
     torch.mul(left, cos, out=first)
     first.addcmul_(right, sin, value=-sign)

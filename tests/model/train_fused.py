@@ -2,7 +2,8 @@
 
 `train_fused.py SPEC.json`: the spec has `cases` (name: `family`, `recompute`, `documents`, `tensor`, `releases`) and
 `result`. For each case the script writes the largest difference of the `loss`, and of a `gradient` relative to its
-tensor's largest number, and `drawn`, the largest number in a matrix of the same model built without `draws`.
+tensor's largest number, `same_mlp`, whether the layers for a CPU compute the bits of Megatron-core's own MLPs, and
+`drawn`, the largest number in a matrix of the same model built without `draws`.
 """
 
 from __future__ import annotations
@@ -54,23 +55,34 @@ def model_of(case: dict[str, Any], *, fused: bool, draws: bool = True) -> gpt.Ex
     return model
 
 
-def computed(case: dict[str, Any], *, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def computed(
+    case: dict[str, Any], *, fused: bool, megatron_mlp: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = model_of(case, fused=fused)
+    if megatron_mlp:
+        for layer in model.decoder.layers:
+            assert ("forward" in vars(layer.mlp)) == model.config.gated_linear_unit
+            vars(layer.mlp).pop("forward", None)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
 
 
-def difference(case: dict[str, Any]) -> dict[str, float]:
+def difference(case: dict[str, Any]) -> dict[str, Any]:
     (loss, gradients), (expected, exact) = (computed(case, fused=fused) for fused in (True, False))
     assert gradients.keys() == exact.keys()
     worst = max(
         float((gradients[name] - exact[name]).abs().max() / exact[name].abs().max().clamp(min=1e-4)) for name in exact
     )
+    distance = abs(float(loss - expected))
+    same_mlp = case["recompute"] == "tiled"  # whose MLPs would no longer be tiled
+    if not same_mlp:
+        loss, gradients = computed(case, fused=False, megatron_mlp=True)
+        same_mlp = torch.equal(loss, expected) and all(torch.equal(gradients[name], exact[name]) for name in exact)
     matrices = [one for one in model_of(case, fused=True, draws=False).parameters() if one.ndim > 1]
     drawn = max(float(one.detach().abs().max()) for one in matrices)
-    return {"loss": abs(float(loss - expected)), "gradient": worst, "drawn": drawn}
+    return {"loss": distance, "gradient": worst, "same_mlp": same_mlp, "drawn": drawn}
 
 
 def rank(tensor: int, spec: dict[str, Any]) -> None:
