@@ -120,5 +120,8 @@ def mixture_problems(config: RunConfig) -> Iterator[str]:
     except ValidationError as error:
         yield explain(error, Layout, prefix="moe.layout")
         return
-    problems = layout.problems(shape, config.budget.sequence_length) + layout.batch_problems(mixture_sequences(config))
-    yield from (f"moe.layout: {problem}" for problem in problems)
+    yield from (f"moe.layout: {problem}" for problem in layout.problems(shape, config.budget.sequence_length))
+    yield from (
+        f"moe.layout: {problem} Or set moe.train.batch_tokens, which is by default the batch of an expert."
+        for problem in layout.batch_problems(mixture_sequences(config))
+    )

@@ -39,11 +39,11 @@ class SwiGlu(torch.autograd.Function):
 
 
 class CpuLayer(TransformerLayer):
-    """A layer for CPUs, whose gated MLP computes `SwiGlu`. Mixtures of experts are computed as by Megatron-core."""
+    """A layer for CPUs, whose gated MLP without biases computes `SwiGlu`. Megatron-core computes all others."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        if isinstance(self.mlp, MLP) and self.config.gated_linear_unit:
+        if isinstance(self.mlp, MLP) and self.config.gated_linear_unit and not self.config.add_bias_linear:
             # Its class must stay MLP, by which Megatron-core decides on the process group.
             self.mlp.forward = partial(_gated_mlp, self.mlp)
 

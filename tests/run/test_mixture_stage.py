@@ -190,6 +190,7 @@ def test_several_tensor_ranks_shard_the_sequence() -> None:
         ({"moe": {"top_k": 1, "train": {"parameters": "router"}}}, r"routers of top_k 1 learn nothing"),
         ({"moe": {"layout": {"tensor": 3}}}, r"moe\.layout: Cannot shard the model over tensor=3"),
         ({"moe": {"layout": {"data": 7}}}, r"moe\.layout: Cannot share a batch"),
+        ({"seed_layout": {"data": 32}, "moe": {}}, r"batch of 16 sequences.*Or set moe\.train\.batch_tokens"),
         ({"moe": {"layout": {"zeroo": 1}}}, r"moe\.layout\.zeroo: unknown key"),
         ({"novel_domains": {"moe": {"text": "moe.jsonl"}}}, r"a domain is called 'moe'"),
     ],
