@@ -39,7 +39,7 @@ class SwiGlu(torch.autograd.Function):
 
 
 class CpuLayer(TransformerLayer):
-    """A layer for CPUs, whose gated MLP without biases computes `SwiGlu`. Megatron-core computes all others."""
+    """A layer whose gated MLP without biases computes `SwiGlu` on a CPU. Megatron-core computes everything else."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -48,8 +48,11 @@ class CpuLayer(TransformerLayer):
             self.mlp.forward = partial(_gated_mlp, self.mlp)
 
 
-def _gated_mlp(mlp: MLP, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+def _gated_mlp(mlp: MLP, hidden_states: Tensor, **named: Any) -> tuple[Tensor, Tensor | None]:
     """Return an MLP's output and no bias; see `MLP.forward`."""
+    if hidden_states.device.type != "cpu":
+        result: tuple[Tensor, Tensor | None] = MLP.forward(mlp, hidden_states, **named)
+        return result
     values, _bias = mlp.linear_fc1(hidden_states)
     output, last_bias = mlp.linear_fc2(SwiGlu.apply(values))
     return output, last_bias

@@ -61,6 +61,27 @@ def test_a_layer_and_the_sums_of_gradients_move_no_more_than_their_goals() -> No
     assert COUNTS["ours"]["training"]["llama-1.3b"]["bytes"]["sums"] <= 8e9
 
 
+LAYERS = """
+import json
+from gpu_counting.cases import CASES, layer_counts, megatron_layer_counts
+from gpu_counts import become_a_rank
+
+become_a_rank()
+counts = {"ours": layer_counts, "megatron": megatron_layer_counts}
+totals = {whose: count(CASES["llama-1.3b"]).total(products=False) for whose, count in counts.items()}
+print(json.dumps({whose: [total.kernels, total.bytes] for whose, total in totals.items()}))
+"""
+
+
+def test_a_layer_moves_what_is_committed() -> None:
+    # A process of its own, because Megatron-core's groups are a process's own state.
+    done = subprocess.run(
+        [sys.executable, "-c", LAYERS], cwd=ROOT / "benchmarks", check=True, capture_output=True, text=True
+    )
+    committed = {whose: COUNTS[whose]["layer"]["llama-1.3b"] for whose in ("ours", "megatron")}
+    assert json.loads(done.stdout) == {whose: [count["kernels"], count["bytes"]] for whose, count in committed.items()}
+
+
 # Above the plain model under torch.compile.
 LEAST = {"llama-1.3b": {"H100": 0.50, "H200": 0.53}, "paper-125m": {"H100": 0.42, "H200": 0.455}}
 
