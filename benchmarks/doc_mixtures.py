@@ -10,6 +10,7 @@ from doc_tables import _read, _source, _table
 
 _NOT_MEASURED = "-"
 _REPLAYS = (0.1, 0.3)
+PREDICTIONS = {"predicted": "trained models predicted", "averages": "averages"}
 
 Unit = Mapping[str, Any]
 Units = Mapping[str, Unit]
@@ -28,7 +29,9 @@ def mixtures() -> str:
     for unit, replay in predictors():
         found = [(forest, units.get(f"{forest}/{unit}")) for forest in forests]
         rows.append([f"{replay}: lowest R2 of a domain's law", *(_text(_lowest_r2(one)) for _, one in found)])
-        rows.append([f"{replay}: Spearman", *(_text(rank_correlation(units, forest, unit)) for forest, _ in found)])
+        for key, of in PREDICTIONS.items():
+            ranked = (_text(rank_correlation(units, forest, unit, key)) for forest, _ in found)
+            rows.append([f"{replay}: Spearman, {of}", *ranked])
         rows.append([f"{replay}: perplexity of the uniform average", *(_text(_uniform(one)) for _, one in found)])
         rows.append([f"{replay}: perplexity of each expert on its domain", *(_text(_own(one)) for _, one in found)])
     counts = ", ".join(f"{forest} {len(_trained(units, forest))}" for forest in forests)
@@ -40,12 +43,15 @@ def predictors() -> list[tuple[str, str]]:
     return [("predicted", "no replay"), *((f"replay-{share:g}", f"replay {share:g}") for share in _REPLAYS)]
 
 
-def rank_correlation(units: Units, forest: str, predictor: str) -> float | None:
-    """Return Spearman's correlation of the mean perplexity that a unit predicts with that of the trained mixtures."""
+def rank_correlation(units: Units, forest: str, predictor: str, key: str = "predicted") -> float | None:
+    """Return Spearman's correlation of the mean perplexity that a unit predicts with that of the trained mixtures.
+
+    `key`: one of PREDICTIONS, of models that are trained on the mixtures or of the averages themselves.
+    """
     trained, unit = _trained(units, forest), units.get(f"{forest}/{predictor}")
     if unit is None or len(trained) < 3:
         return None
-    predicted = np.array([_mean(unit["predicted"][number]) for number in trained])
+    predicted = np.array([_mean(unit[key][number]) for number in trained])
     return spearman(predicted, np.array([_mean(one["perplexity"]) for one in trained.values()]))
 
 

@@ -16,6 +16,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.ablate import run_texts
 from btm_scale.evaluate.mixture_law import Fit, chosen, fit_laws
 from btm_scale.evaluate.mixture_runs import components, default_runs, drawn, measure
+from btm_scale.evaluate.mixture_trained import TrainedLoss, related_models, trained_losses
+from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import DENSE, SEED, RunDir
 
@@ -89,8 +91,11 @@ def perplexities(config: RunConfig, run: RunDir, model: str) -> dict[str, float]
     return {name: float(np.exp(-one.log_probs.mean(dtype=np.float64))) for name, one in scores.items()}
 
 
-def fits(forest: Forest) -> tuple[list[str], dict[str, Fit]]:
-    """Return the models and each domain's best law, from what `btm-scale mixture` has measured by default."""
+def surfaces(forest: Forest) -> tuple[list[str], dict[str, Fit], dict[str, TrainedLoss]]:
+    """Return the models, and by domain the best law of averages and the predicted loss of trained models.
+
+    They are from what `btm-scale mixture` has measured by default.
+    """
     names = sorted(components(forest.run))
     texts = run_texts(forest.config, forest.run, forest.domains, "dev")
     measured = measure(forest.run, texts, drawn(names, default_runs(len(names))))
@@ -99,7 +104,8 @@ def fits(forest: Forest) -> tuple[list[str], dict[str, Fit]]:
         name: chosen(fit_laws(mixtures, np.array([one.losses[text.fingerprint] for one in measured])))
         for name, text in texts.items()
     }
-    return names, laws
+    cards = {name: read_expert(forest.run.model(name)) for name in names}
+    return names, laws, trained_losses(laws, names, related_models(list(texts), cards))
 
 
 def weights_for(forest: Forest, names: list[str], ratios: Mapping[str, float], replay: float = 0.0) -> np.ndarray:

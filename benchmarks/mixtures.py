@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mixture_forest import Forest, fits, perplexities, weights_for
+from mixture_forest import Forest, perplexities, surfaces, weights_for
 from units import matching, measure, print_units
 
 from btm_scale.data.fingerprint import Fingerprint
@@ -119,11 +119,12 @@ class Units:
 
 def _predictions(forest: Forest, replay: float = 0.0) -> Figures:
     answer = forest.mixture()
-    names, laws = fits(forest)
-    predicted = []
-    for ratios in _ratios():
-        weights = weights_for(forest, names, ratios, replay)[None]
-        predicted.append({name: float(np.exp(law.loss(weights)[0])) for name, law in laws.items()})
+    names, laws, trained = surfaces(forest)
+    mixtures = [weights_for(forest, names, ratios, replay)[None] for ratios in _ratios()]
+    predicted, averages = (
+        [{name: float(np.exp(surface.loss(weights)[0])) for name, surface in by_domain.items()} for weights in mixtures]
+        for by_domain in (trained, laws)
+    )
     return {
         "r2": {name: one["r2"] for name, one in answer["fit"].items()},
         "error": {name: one["error"] for name, one in answer["fit"].items()},
@@ -133,6 +134,7 @@ def _predictions(forest: Forest, replay: float = 0.0) -> Figures:
         "uniform": answer["mean"]["uniform"],
         "own": {name: perplexities(forest.config, forest.run, name)[name] for name in forest.domains},
         "predicted": predicted,
+        "averages": averages,
     }
 
 

@@ -35,12 +35,12 @@ from btm_scale.run_dir import MOE, SEED, RunDir
 
 RESULT = Path(__file__).parent / "results" / "moe.json"
 BYTES_PER_DOMAIN = 3_000_000  # as `btm-scale demo` writes, whose finished runs may be moved to runs/moe/demo-SEED
-SHARES = (0.1, 0.2, 0.05, 0.4)  # of the budget, in joint training
+SHARES = (0.1, 0.2, 0.05, 0.4)  # of the budget, in joint training; of eight domains the first two alone
 ROUTERS: tuple[str, ...] = get_args(MoeConfig.model_fields["router"].annotation)
 FORESTS = ("demo-1", "demo-2", "demo-3", "eight-1")
 FOREST, MLPS, DENSE, UPCYCLE = "forest", "mlps", "dense", "upcycle"
 # Minutes on two idle cores: of the demo's forest, and of eight domains.
-MINUTES = {FOREST: (9, 26), "router": (0.7, 2), MLPS: (5, 16), "joint": (3, 10), DENSE: (11, 40), UPCYCLE: (6, 6)}
+MINUTES = {FOREST: (9, 26), "router": (0.7, 2), MLPS: (5, 16), "joint": (3, 10), DENSE: (11, 45), UPCYCLE: (6, 6)}
 SMALL = {
     "name": "smoke",
     "domains": ("python", "licences"),
@@ -174,7 +174,8 @@ def forests(options: argparse.Namespace) -> Iterator[Forest]:
     for name in FORESTS:
         is_demo = name.startswith("demo")
         config = configs / ("demo.yaml" if is_demo else "eight_domains.yaml")
-        yield Forest(name, options.out, config, None if is_demo else options.corpora)
+        text, shares = (None, SHARES) if is_demo else (options.corpora, SHARES[:2])
+        yield Forest(name, options.out, config, text, shares)
 
 
 def all_units(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:

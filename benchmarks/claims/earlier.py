@@ -221,6 +221,7 @@ CLAIMS = (
         ("mixtures",),
         rank_correlations(Bound(">", 0.8)),
         "An expert that replays nothing forgets the other domains, and its averages too, where a model that is trained "
-        "on a small fraction of a domain does not; with replay 0.3, mixtures with a share below 0.075 have no weights.",
+        "on a small fraction of a domain does not; with replay 0.3, mixtures with a share below 0.075 have no weights. "
+        "The perplexity of trained models that `mixture` predicts from the averages allows for the former.",
     ),
 )

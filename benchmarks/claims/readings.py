@@ -116,15 +116,20 @@ def all_of(*readings: Reading) -> Reading:
 
 
 def rank_correlations(bound: Bound) -> Reading:
-    """Read Spearman's correlation of the mean perplexity that averages predict with that of trained mixtures."""
-    from doc_mixtures import predictors, rank_correlation
+    """Read Spearman's correlation of the mean perplexity of averages with that of trained mixtures.
+
+    That of the perplexity which is predicted of trained models is beside it, without a bound.
+    """
+    from doc_mixtures import PREDICTIONS, predictors, rank_correlation
 
     def read(evidence: Evidence) -> list[Figure]:
         units, found = evidence.units("mixtures"), []
-        for unit, experts in predictors():
-            by_forest = {name: rank_correlation(units, name, unit) for name in _forests(units)}
-            values = {int(name.rpartition("-")[2]): value for name, value in by_forest.items() if value is not None}
-            found.append(Figure(f"Spearman's correlation, {experts} in the experts", values, bound))
+        for key, of in reversed(PREDICTIONS.items()):
+            for unit, experts in predictors():
+                by_forest = {name: rank_correlation(units, name, unit, key) for name in _forests(units)}
+                values = {int(name.rpartition("-")[2]): value for name, value in by_forest.items() if value is not None}
+                label = f"Spearman's correlation, {of}, {experts} in the experts"
+                found.append(Figure(label, values, bound if key == "averages" else None))
         return found
 
     return read

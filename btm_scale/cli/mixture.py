@@ -36,7 +36,9 @@ def mixture(
     ],
     keep: Annotated[
         list[str],
-        several("--keep", "NAME=RATIO,...", "Limit a domain's perplexity to this many times the seed LM's."),
+        several(
+            "--keep", "NAME=RATIO,...", "Limit the average's perplexity on a domain to this many times the seed LM's."
+        ),
     ],
     runs: Annotated[
         int | None,
@@ -70,9 +72,9 @@ def mixture(
 ) -> Answer:
     """Predict the best proportions of the domains in training data.
 
-    A weighted average of the experts and the seed LM approximates a model trained on that mixture. Laws are fitted to
-    the measured losses of such averages, and the predicted perplexity is minimized. The seed LM's weight is the
-    fraction of replayed text. With --replay, laws of the share of other domains' text are fitted to the dev scores of
+    Laws are fitted to the measured losses of weighted averages of the experts and the seed LM. From them follows the
+    perplexity of a model trained on a mixture, which is minimized. The seed LM's weight is the fraction of replayed
+    text. With --replay, laws of the share of other domains' text are fitted to the dev scores of
     finished runs.
     """
     if replay:

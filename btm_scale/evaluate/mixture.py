@@ -9,6 +9,7 @@ from btm_scale.evaluate.ablate import Text
 from btm_scale.evaluate.mixture_choice import MixtureGoal, choose, domain_weights
 from btm_scale.evaluate.mixture_record import ChosenMixture
 from btm_scale.evaluate.mixture_runs import Mixture, measure, save_chosen
+from btm_scale.evaluate.mixture_trained import related_models
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir
 
@@ -32,13 +33,15 @@ def choose_mixture(
     """
     names = sorted({name for mixture in mixtures for name in mixture})
     measured = measure(run, texts, mixtures, device=device, on_mixture=on_mixture)
-    chosen = choose(measured, texts, names, goal, random_seed)
+    cards = {name: read_expert(run.model(name)) for name in names}
+    chosen = choose(measured, texts, names, goal, random_seed, related_models(list(texts), cards))
+    alone = [] if chosen.mean.trained else [name for name, card in cards.items() if len(card.domains) == 1]
     domains, outside = domain_weights(run, chosen.weights, list(config.expert_domains))
     chosen = chosen.model_copy(
         update={
             "domains": {name: {"weight": weight} for name, weight in domains.items()},
             "outside": outside,
-            "unreplayed": tuple(name for name in names if len(read_expert(run.model(name)).domains) == 1),
+            "unreplayed": tuple(alone),
         }
     )
     save_chosen(run, chosen)

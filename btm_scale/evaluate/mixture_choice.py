@@ -1,4 +1,8 @@
-"""Choose the weights of a mixture from measured ones: the lowest predicted perplexity that meets every limit."""
+"""Choose the weights of a mixture from measured ones: the lowest predicted perplexity that meets every limit.
+
+The perplexity that is minimized is that of a model trained on the mixture, and limits are on that of the average, which
+forgets more. Without a seed LM both are the average's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 from btm_scale.errors import UserError
 from btm_scale.evaluate.ablate import Text
 from btm_scale.evaluate.mixture_law import LAWS, Fit, chosen, fit_laws, needed
-from btm_scale.evaluate.mixture_optimum import Limit, lowest_loss, lowest_mean
+from btm_scale.evaluate.mixture_optimum import Limit, Surface, log_mean, lowest_loss, lowest_mean, meets
 from btm_scale.evaluate.mixture_record import (
     ChosenMixture,
     LawFit,
@@ -22,11 +26,13 @@ from btm_scale.evaluate.mixture_record import (
     perplexities,
 )
 from btm_scale.evaluate.mixture_runs import Mixture
+from btm_scale.evaluate.mixture_trained import Related, trained_losses
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import SEED, RunDir
 
 _RESAMPLES = 400
 _OUTER = (2.5, 97.5)  # percentiles
+_EQUAL = 1e-6  # nats
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,13 @@ def choose(
     names: Sequence[str],
     goal: MixtureGoal,
     random_seed: int = 0,
+    related: Related | None = None,
 ) -> ChosenMixture:
     """Return the mixture of the models `names` with the lowest predicted mean perplexity over the targets.
 
-    The order of `measured` and `names` changes nothing. `domains` and `outside` are empty: see `domain_weights`. Raises
-    UserError if there are too few measured mixtures, or if no mixture meets `goal.keep`.
+    The order of `measured` and `names` changes nothing. `related` is that of `trained_losses`. `domains` and `outside`
+    are empty: see `domain_weights`. Raises UserError if there are too few measured mixtures, or if no mixture meets
+    `goal.keep`.
     """
     names = sorted(names)
     measured = sorted(measured, key=lambda one: one.key)
@@ -79,19 +87,26 @@ def choose(
     if goal.keep and not seed:
         raise UserError("--keep compares with the seed LM, whose loss could not be measured. Leave --keep out.")
     limits: list[Limit] = [(fits[name], seed[name] + math.log(ratio)) for name, ratio in goal.keep.items()]
-    weights = lowest_mean([(fits[name], weight) for name, weight in targets.items()], limits, mixtures)
+    trained = trained_losses(fits, names, related or {}) if seed else {}
+    objective = [((trained or fits)[name], weight) for name, weight in targets.items()]
+    weights = lowest_mean(objective, limits, mixtures)
     if weights is None:
         raise UserError(_infeasible(fits, seed, goal, mixtures))
+    if trained:
+        weights = _without_needless_replay(objective, limits, weights, names.index(SEED))
     means = np.sum([weight * np.exp(losses[name]) for name, weight in targets.items()], axis=0)
     uniform = int(np.argmin(np.abs(mixtures - 1.0 / len(names)).sum(axis=1)))
     samples = _resampled(fits, mixtures, losses, weights, random_seed)
     predicted = {name: float(perplexities(fit.loss(weights[None]))[0]) for name, fit in fits.items()}
+    both = np.stack([weights, np.full(len(names), 1.0 / len(names))])
+    by_training = {name: perplexities(surface.loss(both)) for name, surface in trained.items()}
     perplexity = {
         name: Predicted(
             predicted=predicted[name],
             interval=_interval(samples[name], predicted[name]),
             seed=math.exp(seed[name]) if seed else None,
             uniform=math.exp(losses[name][uniform]),
+            **_training(by_training.get(name)),
         )
         for name in fits
     }
@@ -108,6 +123,7 @@ def choose(
             interval=_interval(np.sum([w * samples[name] for name, w in targets.items()], axis=0), mean),
             seed=sum(w * math.exp(seed[name]) for name, w in targets.items()) if seed else None,
             uniform=float(means[uniform]),
+            **_training(np.sum([w * by_training[name] for name, w in targets.items()], axis=0) if trained else None),
         ),
         perplexity=perplexity,
         fit={name: _described(fit, laws[name]) for name, fit in fits.items()},
@@ -148,6 +164,24 @@ def _measured_at(mixtures: np.ndarray, losses: Mapping[str, np.ndarray], corner:
     """Return the losses of one model alone; empty if it was not measured, because it diverged."""
     (rows,) = np.nonzero(mixtures[:, corner] == 1.0)
     return {name: float(values[rows[0]]) for name, values in losses.items()} if len(rows) else {}
+
+
+def _without_needless_replay(
+    objective: Sequence[tuple[Surface, float]], limits: Sequence[Limit], weights: np.ndarray, seed: int
+) -> np.ndarray:
+    """Return the mixture without the seed LM if that is as good: training may be predicted to need none of its text."""
+    if weights[seed] == 1.0:
+        return weights
+    others = weights.copy()
+    others[seed] = 0.0
+    others /= others.sum()
+    before, after = log_mean(objective, np.stack([weights, others]))
+    return others if after <= before + _EQUAL and meets(limits, others) else weights
+
+
+def _training(pair: np.ndarray | None) -> dict[str, float]:
+    """Return the fields of `Predicted` for models that are trained on the chosen mixture and on the uniform one."""
+    return {} if pair is None else {"trained": float(pair[0]), "trained_uniform": float(pair[1])}
 
 
 def _described(fit: Fit, laws: Mapping[str, Fit]) -> TextFit:

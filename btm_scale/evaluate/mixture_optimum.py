@@ -41,7 +41,7 @@ def lowest_mean(
     """
     candidates = np.concatenate([starts, _midpoints(starts.shape[1])])
     excess = _excess(limits, candidates)
-    order = np.lexsort((_log_mean(targets, candidates), np.maximum(excess, 0.0)))
+    order = np.lexsort((log_mean(targets, candidates), np.maximum(excess, 0.0)))
     center = np.full(starts.shape[1], 1.0 / starts.shape[1])
     objective = _mean_perplexity(targets)
     best: tuple[float, np.ndarray] | None = None
@@ -67,17 +67,18 @@ def meets(limits: Sequence[Limit], mixture: np.ndarray) -> bool:
     return bool(_excess(limits, mixture[None])[0] <= 0)
 
 
+def log_mean(targets: Sequence[tuple[Surface, float]], mixtures: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the weighted mean perplexity of each mixture, [n]."""
+    logs: np.ndarray = np.logaddexp.reduce([surface.loss(mixtures) + np.log(w) for surface, w in targets], axis=0)
+    return logs
+
+
 def _excess(limits: Sequence[Limit], mixtures: np.ndarray) -> np.ndarray:
     """Return by how much each mixture exceeds its tightest limit, [n] in nats; negative inside all."""
     if not limits:
         return np.full(len(mixtures), -np.inf)
     excess: np.ndarray = np.max([surface.loss(mixtures) - most for surface, most in limits], axis=0)
     return excess
-
-
-def _log_mean(targets: Sequence[tuple[Surface, float]], mixtures: np.ndarray) -> np.ndarray:
-    logs: np.ndarray = np.logaddexp.reduce([surface.loss(mixtures) + np.log(w) for surface, w in targets], axis=0)
-    return logs
 
 
 def _mean_perplexity(targets: Sequence[tuple[Surface, float]]) -> Function:

@@ -35,10 +35,13 @@ class MeasuredMixture(Part):
 class Predicted(Part):
     """The predicted perplexity of the chosen mixture on a text."""
 
-    predicted: Perplexity
-    interval: tuple[Perplexity, Perplexity]  # 95%
+    predicted: Perplexity  # of the average
+    interval: tuple[Perplexity, Perplexity]  # 95%, of the average
     seed: Perplexity | None = None  # measured, of the seed LM
     uniform: Perplexity  # measured, of the uniform average
+    # Predicted, of models trained on the chosen mixture and on the uniform one; absent without a seed LM.
+    trained: Perplexity | None = None
+    trained_uniform: Perplexity | None = None
 
 
 class LawFit(Part):
@@ -79,7 +82,8 @@ class ChosenMixture(Part):
     measured: tuple[MixturePerplexity, ...]  # the lowest mean first
     nearest: Weight  # total variation distance from the chosen mixture to the nearest measured one
     extrapolated: tuple[str, ...]  # texts whose law is less certain there than at any measured mixture
-    unreplayed: tuple[str, ...] = ()  # models that were trained on the text of a single domain
+    # Models that were trained on the text of a single domain, if there is no seed LM to predict training with.
+    unreplayed: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _same_texts(self) -> ChosenMixture:

@@ -63,9 +63,9 @@ def print_mixture(chosen: ChosenMixture, console: Console) -> None:
 
 def mixture_table(chosen: ChosenMixture) -> Table:
     """Return the table of predicted perplexities, with those of the seed LM and the uniform average, and R2."""
-    title = "Perplexity of the chosen average, predicted (lower is better)"
+    title = "Perplexity of the chosen mixture, predicted (lower is better)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in ("text", "seed", "uniform", "predicted", "95%", "law", "R2"):
+    for name in ("text", "seed", "uniform", "average", "95%", "trained", "law", "R2"):
         table.add_column(name, justify="left" if name in ("text", "law") else "right", no_wrap=True)
     for name, row in prediction_rows(chosen):
         table.add_row(Text(printable(name)), *row)
@@ -73,7 +73,7 @@ def mixture_table(chosen: ChosenMixture) -> Table:
 
 
 def prediction_rows(chosen: ChosenMixture) -> list[tuple[str, list[str]]]:
-    """Return a row per text and the mean: seed, uniform, predicted, interval, law and leave-one-out R2."""
+    """Return a row per text and the mean: seed, uniform, average, interval, trained, law and leave-one-out R2."""
     rows = [
         (name, [*_numbers(one), chosen.fit[name].law, f"{chosen.fit[name].r2:.3f}"])
         for name, one in chosen.perplexity.items()
@@ -84,7 +84,14 @@ def prediction_rows(chosen: ChosenMixture) -> list[tuple[str, list[str]]]:
 def trust(chosen: ChosenMixture) -> list[str]:
     """Return sentences on how far the predictions can be trusted."""
     measured = count(len(chosen.measured), "measured average")
-    sentences = [f"The nearest of {measured} differs in {chosen.nearest:.0%} of the weight."]
+    sentences = []
+    if chosen.mean.trained is not None and chosen.mean.trained_uniform is not None:
+        sentences.append(
+            f"Trained on this mixture, a model is predicted to have a mean perplexity of "
+            f"{perplexity(chosen.mean.trained)}, on the uniform one {perplexity(chosen.mean.trained_uniform)}. "
+            "These are to rank mixtures: their levels are less certain than those of averages."
+        )
+    sentences += [f"The nearest of {measured} differs in {chosen.nearest:.0%} of the weight."]
     models = len(chosen.weights)
     if left_out := [law for law in LAWS if not any(law.name in fit.laws for fit in chosen.fit.values())]:
         laws = " and ".join(f"the {law.name} law, which needs {needed(law, models)}" for law in left_out)
@@ -101,7 +108,8 @@ def trust(chosen: ChosenMixture) -> list[str]:
         named = first_few(chosen.unreplayed, "models", most=8)
         sentences.append(
             f"Trained on a single domain: {named}. Averages of such models can rank mixtures differently from "
-            "training. Those of experts with `branch: {replay: 0.1}` predict better."
+            "training, and without a seed LM no training is predicted. Averages of experts with "
+            "`branch: {replay: 0.1}` rank them better."
         )
     return sentences
 
@@ -135,5 +143,6 @@ def _rounded(weight: float) -> float:
 
 def _numbers(one: Predicted) -> list[str]:
     low, high = one.interval
-    seed = NOTHING if one.seed is None else perplexity(one.seed)
-    return [seed, perplexity(one.uniform), perplexity(one.predicted), f"{perplexity(low)} to {perplexity(high)}"]
+    seed, trained = (NOTHING if value is None else perplexity(value) for value in (one.seed, one.trained))
+    average = [perplexity(one.predicted), f"{perplexity(low)} to {perplexity(high)}"]
+    return [seed, perplexity(one.uniform), *average, trained]

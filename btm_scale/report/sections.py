@@ -249,15 +249,16 @@ def _routing(results: Results) -> Section:
 
 def _mixture(chosen: ChosenMixture) -> Section:
     targets = ", ".join(chosen.targets)
-    words = f"The mixture with the lowest predicted mean perplexity on {targets}"
+    words = f"The mixture with the lowest predicted mean perplexity of a model that is trained on it, on {targets}"
     words += "".join(f", keeping {name} within {ratio:g} times the seed LM's" for name, ratio in chosen.keep.items())
     words += (
         ". Each dot is a weighted average of the experts and the seed LM on one text: its measured perplexity (y) and "
         "the one that the text's law predicts, fitted to all other averages (x). On the dotted line, both are equal. "
-        "A star is the chosen mixture with its 95% interval."
+        "A star is the average with the chosen weights and its 95% interval; a model that is trained on the mixture is "
+        "predicted in the table."
     )
     title = "Perplexity of weighted averages, measured and predicted"
-    columns = ["Text", "Seed LM", "Uniform average", "Predicted", "95%", "Law", "R\u00b2"]
+    columns = ["Text", "Seed LM", "Uniform average", "Chosen average", "95%", "Trained", "Law", "R\u00b2"]
     table = plain_table("Predicted perplexity of the chosen mixture", columns, prediction_rows(chosen))
     hint = "Click a name in the legend to hide its marks; drag to zoom, double-click to zoom out."
     chart = Chart("mixture", title, partial(figures.mixture_fit, chosen), words, table, hint=hint)

@@ -71,7 +71,8 @@ def test_the_answer_has_weights_perplexities_and_the_fit(run: RunDir, here: Meas
     assert [one["mean"] for one in found["measured"]] == sorted(one["mean"] for one in found["measured"])
     assert list(found["weights"]) == sorted(MODELS)
     assert sum(found["weights"].values()) == pytest.approx(1.0)
-    # By symmetry all experts weigh the same; the seed helps on no text, but flattens the squares.
+    # By symmetry all experts weigh the same, and training needs none of the seed's text.
+    assert found["weights"][SEED] == 0.0
     weights = [found["weights"][name] for name in DOMAINS]
     assert weights == pytest.approx([weights[0]] * 4, abs=2e-3)
     for domain in DOMAINS:
@@ -82,13 +83,14 @@ def test_the_answer_has_weights_perplexities_and_the_fit(run: RunDir, here: Meas
         low, high = perplexity["interval"]
         assert low <= perplexity["predicted"] <= high
         assert perplexity["seed"] == pytest.approx(math.exp(known_loss({SEED: 1.0}, domain)))
-    assert found["mean"]["predicted"] <= found["measured"][0]["mean"] * (1 + 1e-6)
+        assert perplexity["trained"] <= perplexity["predicted"] * (1 + 1e-6)
+    assert found["mean"]["trained"] <= found["mean"]["trained_uniform"]
     # The seed was trained on all four domains alike.
     text = {name: one["weight"] for name, one in found["domains"].items()}
     assert sum(text.values()) == pytest.approx(1.0)
     assert text["cpp"] == pytest.approx(found["weights"]["cpp"] + found["weights"][SEED] / 4)
     assert found["outside"] == {}
-    assert found["unreplayed"] == sorted(DOMAINS)
+    assert found["unreplayed"] == []
 
 
 def test_what_is_printed_has_the_section_to_paste(
@@ -221,6 +223,8 @@ def test_a_run_without_a_seed_mixes_its_experts(run: RunDir, here: MeasuredHere)
     found = answer("mixture", run.root, "--runs", 16)
     assert list(found["weights"]) == sorted(DOMAINS)
     assert found["perplexity"]["cpp"]["seed"] is None
+    assert found["perplexity"]["cpp"]["trained"] is None
+    assert found["unreplayed"] == sorted(DOMAINS)
     assert "this run has none. Leave --keep out" in refusal("mixture", run.root, "--keep", "docs=1.1")
     for name in ("cpp", "docs", "licences"):
         shutil.rmtree(run.model(name))
@@ -228,11 +232,11 @@ def test_a_run_without_a_seed_mixes_its_experts(run: RunDir, here: MeasuredHere)
 
 
 def test_a_model_of_unknown_text_is_not_in_the_section_to_paste(run: RunDir, here: MeasuredHere) -> None:
-    card = read_expert(run.model(SEED))
-    card.model_copy(update={"domains": {}}).save(run.model(SEED) / CARD)
+    card = read_expert(run.model("docs"))
+    card.model_copy(update={"domains": {}}).save(run.model("docs") / CARD)
     found = answer("mixture", run.root)
-    assert list(found["outside"]) == [SEED]
-    assert found["outside"][SEED] + sum(one["weight"] for one in found["domains"].values()) == pytest.approx(1.0)
+    assert list(found["outside"]) == ["docs"]
+    assert found["outside"]["docs"] + sum(one["weight"] for one in found["domains"].values()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

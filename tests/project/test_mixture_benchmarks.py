@@ -121,7 +121,8 @@ def test_the_mixtures_were_drawn_from_the_simplex_before_they_are_trained() -> N
 
 def test_what_is_not_measured_is_a_dash_and_ranks_are_of_the_trained_mixtures(load: Any, table: Any) -> None:
     predicted = [{"a": 30.0 + i, "b": 10.0} for i in range(8)]
-    forest = {"r2": {"a": 0.99, "b": 0.98}, "predicted": predicted, "uniform": 40.0, "own": {"a": 20.0, "b": 30.0}}
+    forest = {"r2": {"a": 0.99, "b": 0.98}, "uniform": 40.0, "own": {"a": 20.0, "b": 30.0}}
+    forest |= {"predicted": predicted, "averages": predicted[::-1]}
     units = {"demo-1/predicted": forest, "demo-2/predicted": forest}
     units |= {f"demo-1/trained-{i}": {"perplexity": {"a": 20.0 + i**2, "b": 5.0}} for i in range(5)}
     units |= {
@@ -129,9 +130,23 @@ def test_what_is_not_measured_is_a_dash_and_ranks_are_of_the_trained_mixtures(lo
         "demo-1/uniform": {"perplexity": {"a": 10.0, "b": 10.0}},
     }
     rows = table("doc_mixtures", "mixtures", {"units": units})
-    assert rows["no replay: Spearman"] == ["1.000", "-"]
+    assert rows["no replay: Spearman, trained models predicted"] == ["1.000", "-"]
+    assert rows["no replay: Spearman, averages"] == ["-1.000", "-"]
     assert rows["no replay: lowest R2 of a domain's law"] == ["0.980", "0.980"]
     assert rows["recommended / uniform, trained"] == ["0.900", "-"]
     assert rows["recommended / proportional, trained"] == ["-", "-"]
-    assert rows["replay 0.1: Spearman"] == ["-", "-"]
+    assert rows["replay 0.1: Spearman, averages"] == ["-", "-"]
     assert load("doc_mixtures").spearman(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-1.0)
+
+
+def test_the_committed_predictions_rank_trained_mixtures_and_what_they_recommend_is_as_good_as_any(load: Any) -> None:
+    module = load("doc_mixtures")
+    units = json.loads((BENCHMARKS / "results/mixtures.json").read_text())["units"]
+    better = 0
+    for forest in ("demo-1", "demo-2", "demo-3"):
+        assert min(units[f"{forest}/predicted"]["r2"].values()) >= 0.98
+        correlation = module.rank_correlation(units, forest, "predicted")
+        assert correlation is not None
+        assert correlation >= 0.8
+        better += all(module._ratio(units, forest, other) <= 1.005 for other in ("uniform", "proportional"))
+    assert better >= 2

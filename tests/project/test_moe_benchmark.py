@@ -74,7 +74,8 @@ def test_upcycling_has_a_row_for_each_recipe(table):
 def test_every_row_of_the_recipes_is_a_unit_of_the_benchmark(load, tmp_path):
     options = load("argparse").Namespace(smoke=False, out=tmp_path, corpora=None)
     units = set(load("moe").all_units(options))
-    assert {f"eight-1/{recipe}" for _, recipe, _ in load("doc_moe")._rows()} <= units
+    assert {f"demo-1/{recipe}" for _, recipe, _ in load("doc_moe")._rows()} <= units
+    assert {"eight-1/joint-0.1", "eight-1/dense"} <= units
     assert all(load("moe").minutes(name) > 0 for name in units)
 
 

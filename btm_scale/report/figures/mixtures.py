@@ -16,7 +16,8 @@ _MARGIN = 1.04
 def mixture_fit(chosen: ChosenMixture, *, width: int = WIDE) -> go.Figure:
     """Draw measured over predicted perplexity, relative to the seed LM's, or without a seed to the uniform average's.
 
-    The prediction for a measured average is that of the law fitted to all others. A star is the chosen mixture.
+    The prediction for a measured average is that of the law fitted to all others. A star is the average with the
+    chosen weights.
     """
     narrow = is_narrow(width)
     colours = {name: line["color"] for name, line in expert_lines(list(chosen.perplexity)).items()}
@@ -53,7 +54,7 @@ def mixture_fit(chosen: ChosenMixture, *, width: int = WIDE) -> go.Figure:
 def _star(chosen: ChosenMixture, name: str, to: float, colour: str) -> go.Scatter:
     optimum = chosen.perplexity[name]
     at, (low, high) = optimum.predicted / to, optimum.interval
-    words = f"<b>{literal(name)}</b><br>chosen mixture: predicted {perplexity(optimum.predicted)}, "
+    words = f"<b>{literal(name)}</b><br>chosen average: predicted {perplexity(optimum.predicted)}, "
     words += f"{perplexity(low)} to {perplexity(high)}"
     bars = {"type": "data", "symmetric": False, "array": [high / to - at], "arrayminus": [at - low / to]}
     bars |= {"color": colour, "thickness": 1.5, "width": 5}
