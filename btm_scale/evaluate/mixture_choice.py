@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from btm_scale.evaluate.mixture_record import (
     perplexities,
 )
 from btm_scale.evaluate.mixture_runs import Mixture
-from btm_scale.evaluate.mixture_trained import Related, trained_losses
+from btm_scale.evaluate.mixture_trained import Related, TrainedLoss, trained_losses
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import SEED, RunDir
 
@@ -66,7 +68,81 @@ def choose(
     are empty: see `domain_weights`. Raises UserError if there are too few measured mixtures, or if no mixture meets
     `goal.keep`.
     """
-    names = sorted(names)
+    fitted = _fit(measured, texts, sorted(names))
+    total = sum(goal.targets.values())
+    targets = {name: weight / total for name, weight in goal.targets.items()}
+    if goal.keep and not fitted.seed:
+        raise UserError("--keep compares with the seed LM, whose loss could not be measured. Leave --keep out.")
+    trained = trained_losses(fitted.fits, fitted.names, related or {}) if fitted.seed else {}
+    objective = [((trained or fitted.fits)[name], weight) for name, weight in targets.items()]
+    limits = [(fitted.fits[name], fitted.seed[name] + math.log(ratio)) for name, ratio in goal.keep.items()]
+    weights = lowest_mean(objective, limits, fitted.mixtures)
+    if weights is None:
+        raise UserError(_infeasible(fitted, goal))
+    if trained:
+        weights = _without_needless_replay(objective, limits, weights, fitted.names.index(SEED))
+    mean, perplexity = _predicted(fitted, trained, targets, weights, random_seed)
+    return ChosenMixture(
+        random_seed=random_seed,
+        targets=targets,
+        keep=dict(goal.keep),
+        weights=dict(zip(fitted.names, weights.tolist(), strict=True)),
+        domains={},
+        outside={},
+        mean=mean,
+        perplexity=perplexity,
+        fit={name: _described(fit, fitted.laws[name]) for name, fit in fitted.fits.items()},
+        measured=fitted.measured_perplexities(targets),
+        nearest=float(np.abs(fitted.mixtures - weights).sum(axis=1).min() / 2.0),
+        extrapolated=tuple(name for name, fit in fitted.fits.items() if _is_outside(fit, fitted.mixtures, weights)),
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Measured mixtures, and the laws that are fitted to their losses on each text."""
+
+    names: list[str]  # of the models
+    mixtures: np.ndarray  # [n, models]
+    losses: dict[str, np.ndarray]  # by text, nats [n]
+    laws: dict[str, dict[str, Fit]]  # by text and law
+
+    @cached_property
+    def fits(self) -> dict[str, Fit]:
+        """The best law of each text."""
+        return {name: chosen(fitted) for name, fitted in self.laws.items()}
+
+    @cached_property
+    def seed(self) -> dict[str, float]:
+        """The measured losses of the seed LM by text; empty without one, or if it diverged."""
+        if SEED not in self.names:
+            return {}
+        (rows,) = np.nonzero(self.mixtures[:, self.names.index(SEED)] == 1.0)
+        return {name: float(values[rows[0]]) for name, values in self.losses.items()} if len(rows) else {}
+
+    @cached_property
+    def uniform(self) -> int:
+        """Row of the uniform mixture."""
+        return int(np.argmin(np.abs(self.mixtures - 1.0 / len(self.names)).sum(axis=1)))
+
+    def measured_perplexities(self, targets: Mapping[str, float]) -> tuple[MixturePerplexity, ...]:
+        """Return the measured mixtures, the one with the lowest mean perplexity over the targets first."""
+        means = np.sum([weight * np.exp(self.losses[name]) for name, weight in targets.items()], axis=0)
+        return tuple(
+            MixturePerplexity(
+                weights={
+                    name: weight for name, weight in zip(self.names, self.mixtures[i].tolist(), strict=True) if weight
+                },
+                mean=float(means[i]),
+                perplexity={name: math.exp(values[i]) for name, values in self.losses.items()},
+                predicted={name: float(perplexities(fit.left_out[i])) for name, fit in self.fits.items()},
+            )
+            for i in np.argsort(means, kind="stable").tolist()
+        )
+
+
+def _fit(measured: Sequence[MeasuredMixture], texts: Mapping[str, Text], names: list[str]) -> _Fitted:
+    """Fit all laws. Raises UserError if there are too few measured mixtures for any."""
     measured = sorted(measured, key=lambda one: one.key)
     mixtures = np.array([[one.weights.get(name, 0.0) for name in names] for one in measured]).reshape(-1, len(names))
     losses = {
@@ -79,66 +155,40 @@ def choose(
             f"{len(measured)} measured mixtures do not determine any law of {len(names)} models, which takes at least "
             f"{needed(LAWS[0], len(names))} in general position. Raise --runs."
         )
-    fits = {name: chosen(fitted) for name, fitted in laws.items()}
-    total = sum(goal.targets.values())
-    targets = {name: weight / total for name, weight in goal.targets.items()}
-    alone = {one: _measured_at(mixtures, losses, index) for index, one in enumerate(names)}
-    seed = alone.get(SEED, {})
-    if goal.keep and not seed:
-        raise UserError("--keep compares with the seed LM, whose loss could not be measured. Leave --keep out.")
-    limits: list[Limit] = [(fits[name], seed[name] + math.log(ratio)) for name, ratio in goal.keep.items()]
-    trained = trained_losses(fits, names, related or {}) if seed else {}
-    objective = [((trained or fits)[name], weight) for name, weight in targets.items()]
-    weights = lowest_mean(objective, limits, mixtures)
-    if weights is None:
-        raise UserError(_infeasible(fits, seed, goal, mixtures))
-    if trained:
-        weights = _without_needless_replay(objective, limits, weights, names.index(SEED))
-    means = np.sum([weight * np.exp(losses[name]) for name, weight in targets.items()], axis=0)
-    uniform = int(np.argmin(np.abs(mixtures - 1.0 / len(names)).sum(axis=1)))
-    samples = _resampled(fits, mixtures, losses, weights, random_seed)
-    predicted = {name: float(perplexities(fit.loss(weights[None]))[0]) for name, fit in fits.items()}
-    both = np.stack([weights, np.full(len(names), 1.0 / len(names))])
-    by_training = {name: perplexities(surface.loss(both)) for name, surface in trained.items()}
-    perplexity = {
-        name: Predicted(
-            predicted=predicted[name],
-            interval=_interval(samples[name], predicted[name]),
-            seed=math.exp(seed[name]) if seed else None,
-            uniform=math.exp(losses[name][uniform]),
-            **_training(by_training.get(name)),
+    return _Fitted(names, mixtures, losses, laws)
+
+
+def _predicted(
+    fitted: _Fitted,
+    trained: Mapping[str, TrainedLoss],
+    targets: Mapping[str, float],
+    weights: np.ndarray,
+    random_seed: int,
+) -> tuple[Predicted, dict[str, Predicted]]:
+    """Return the predicted perplexities of a mixture: the mean over the targets, and by text."""
+    mixtures = np.stack([weights, np.full(len(weights), 1.0 / len(weights))])
+    samples = _resampled(fitted.fits, fitted.mixtures, fitted.losses, weights, random_seed)
+    by_text = {}
+    for name, fit in fitted.fits.items():
+        average = float(perplexities(fit.loss(weights[None]))[0])
+        training = perplexities(trained[name].loss(mixtures)).tolist() if trained else (None, None)
+        by_text[name] = Predicted(
+            predicted=average,
+            interval=_interval(samples[name], average),
+            seed=math.exp(fitted.seed[name]) if fitted.seed else None,
+            uniform=math.exp(fitted.losses[name][fitted.uniform]),
+            trained=training[0],
+            trained_uniform=training[1],
         )
-        for name in fits
-    }
-    mean = sum(weight * predicted[name] for name, weight in targets.items())
-    return ChosenMixture(
-        random_seed=random_seed,
-        targets=targets,
-        keep=dict(goal.keep),
-        weights=dict(zip(names, weights.tolist(), strict=True)),
-        domains={},
-        outside={},
-        mean=Predicted(
-            predicted=mean,
-            interval=_interval(np.sum([w * samples[name] for name, w in targets.items()], axis=0), mean),
-            seed=sum(w * math.exp(seed[name]) for name, w in targets.items()) if seed else None,
-            uniform=float(means[uniform]),
-            **_training(np.sum([w * by_training[name] for name, w in targets.items()], axis=0) if trained else None),
-        ),
-        perplexity=perplexity,
-        fit={name: _described(fit, laws[name]) for name, fit in fits.items()},
-        measured=tuple(
-            MixturePerplexity(
-                weights=measured[i].weights,
-                mean=float(means[i]),
-                perplexity={name: math.exp(values[i]) for name, values in losses.items()},
-                predicted={name: float(perplexities(fit.left_out[i])) for name, fit in fits.items()},
-            )
-            for i in np.argsort(means, kind="stable").tolist()
-        ),
-        nearest=float(np.abs(mixtures - weights).sum(axis=1).min() / 2.0),
-        extrapolated=tuple(name for name, fit in fits.items() if _is_outside(fit, mixtures, weights)),
-    )
+
+    def mean(field: str) -> Any:
+        values = [getattr(by_text[name], field) for name in targets]
+        return None if None in values else float(np.dot(list(targets.values()), values))
+
+    fields = ("predicted", "seed", "uniform", "trained", "trained_uniform")
+    means = {field: mean(field) for field in fields}
+    sampled = np.sum([weight * samples[name] for name, weight in targets.items()], axis=0)
+    return Predicted(interval=_interval(sampled, means["predicted"]), **means), by_text
 
 
 def domain_weights(run: RunDir, weights: Mapping[str, float], known: Sequence[str]) -> tuple[dict[str, float], Mixture]:
@@ -160,12 +210,6 @@ def domain_weights(run: RunDir, weights: Mapping[str, float], known: Sequence[st
     return {domain: domains[domain] for domain in known if domain in domains}, outside
 
 
-def _measured_at(mixtures: np.ndarray, losses: Mapping[str, np.ndarray], corner: int) -> dict[str, float]:
-    """Return the losses of one model alone; empty if it was not measured, because it diverged."""
-    (rows,) = np.nonzero(mixtures[:, corner] == 1.0)
-    return {name: float(values[rows[0]]) for name, values in losses.items()} if len(rows) else {}
-
-
 def _without_needless_replay(
     objective: Sequence[tuple[Surface, float]], limits: Sequence[Limit], weights: np.ndarray, seed: int
 ) -> np.ndarray:
@@ -177,11 +221,6 @@ def _without_needless_replay(
     others /= others.sum()
     before, after = log_mean(objective, np.stack([weights, others]))
     return others if after <= before + _EQUAL and meets(limits, others) else weights
-
-
-def _training(pair: np.ndarray | None) -> dict[str, float]:
-    """Return the fields of `Predicted` for models that are trained on the chosen mixture and on the uniform one."""
-    return {} if pair is None else {"trained": float(pair[0]), "trained_uniform": float(pair[1])}
 
 
 def _described(fit: Fit, laws: Mapping[str, Fit]) -> TextFit:
@@ -216,9 +255,9 @@ def _is_outside(fit: Fit, mixtures: np.ndarray, weights: np.ndarray) -> bool:
     return bool(fit.leverages(weights[None], mixtures)[0] > fit.leverages(mixtures, mixtures).max() + 1e-9)
 
 
-def _infeasible(fits: Mapping[str, Fit], seed: Mapping[str, float], goal: MixtureGoal, mixtures: np.ndarray) -> str:
+def _infeasible(fitted: _Fitted, goal: MixtureGoal) -> str:
     """Return the message for limits that no mixture meets, with the lowest ratio that is predicted for each alone."""
-    lowest = {name: math.exp(lowest_loss(fits[name], mixtures) - seed[name]) for name in goal.keep}
+    lowest = {name: math.exp(lowest_loss(fitted.fits[name], fitted.mixtures) - fitted.seed[name]) for name in goal.keep}
     limits = ",".join(f"{name}={ratio:g}" for name, ratio in goal.keep.items())
     ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in lowest.items())
     return (
