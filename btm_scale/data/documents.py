@@ -103,9 +103,11 @@ class BadLines:
             logger.warning("Domain '%s': skipped in %s: %s", domain, name, loss)
 
 
-def empty_domain(source: DomainSource, skipped: int) -> DataError:
+def empty_domain(source: DomainSource, bad_lines: BadLines) -> DataError:
     """Return the error for a domain without documents."""
-    lines = f" ({skipped} bad lines were skipped)" if skipped else ""
+    skipped = bad_lines.skipped
+    first = next((f"{name}, {loss.first}" for name, loss in bad_lines.losses.items()), "")
+    lines = f" ({skipped:,} bad line{'s' if skipped > 1 else ''} skipped, the first: {first})" if skipped else ""
     filtered = " that meets its filter" if source.settings.filter else ""
     remedy = "Add text, change the filter" if filtered else "Add text"
     return DataError(

@@ -84,7 +84,7 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
     per_token = bytes_per_token(vocabulary)
     if last is None:
         if not documents:
-            raise empty_domain(source, bad_lines.skipped)
+            raise empty_domain(source, bad_lines)
         total = _require_enough(source, config, per_token)
     else:
         for file in _others(source.files[last + 1 :]):

@@ -88,7 +88,7 @@ def write_domain(
     output.close()
     bad_lines.add(refused.lines)
     if not output.documents:
-        raise empty_domain(source, bad_lines.skipped)
+        raise empty_domain(source, bad_lines)
     counts = output.counts
     require_enough(source, config, counts)
     bad_lines.warn(source.name)

@@ -255,7 +255,7 @@ def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig, 
                     break
         sample_bytes -= taken
     if not documents:
-        raise empty_domain(source, bad_lines.skipped)
+        raise empty_domain(source, bad_lines)
 
 
 def _spoken(document: Document, source: DomainSource) -> str:
@@ -282,4 +282,4 @@ def _first_training_text(
             if sample_bytes <= 0:
                 return
     if not documents:
-        raise empty_domain(source, bad_lines.skipped)
+        raise empty_domain(source, bad_lines)
