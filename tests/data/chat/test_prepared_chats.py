@@ -207,6 +207,16 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(make_config: Mak
         prepare(config_of(make_config, tmp_path, {"support": SUPPORT}), RunDir(tmp_path / "run"))
 
 
+def test_a_template_that_refuses_every_conversation_ends_with_its_reason(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    write_chats(tmp_path / "support.jsonl", [turns("", f"answer {i} first")[1:] for i in range(40)])
+    write_tokenizer(tmp_path / "tokenizer", TEMPLATES["mistral"])
+    config = config_of(make_config, tmp_path, {"support": SUPPORT}, data={"on_bad_line": "skip"})
+    with pytest.raises(DataError, match=r"'support' is empty: .*\(40 bad lines skipped, .*: roles must alternate\)"):
+        prepare(config, RunDir(tmp_path / "run"))
+
+
 def test_a_pass_over_conversations_is_counted_in_the_sequences_that_are_read(
     make_config: MakeConfig, run: RunDir, folder: Path
 ) -> None:
