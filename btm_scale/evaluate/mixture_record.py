@@ -82,7 +82,7 @@ class ChosenMixture(Part):
     measured: tuple[MixturePerplexity, ...]  # the lowest mean first
     nearest: Weight  # total variation distance from the chosen mixture to the nearest measured one
     extrapolated: tuple[str, ...]  # texts whose law is less certain there than at any measured mixture
-    # Models that were trained on the text of a single domain, if there is no seed LM to predict training with.
+    # Models that were trained on the text of a single domain; empty where trained models are predicted.
     unreplayed: tuple[str, ...] = ()
 
     @model_validator(mode="after")

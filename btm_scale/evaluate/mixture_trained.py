@@ -117,10 +117,11 @@ class TrainedLoss:
         way = float(ways[0])
         value, slope, curvature = self._average_at(points[0])
         gradient, hessian = (1.0 - way) * slope, (1.0 - way) ** 2 * curvature
-        if 0.0 < way < 1.0:  # the lowest point moves with the mixture
-            line = np.eye(len(mixture))[self.seed] - mixture
+        line = np.eye(len(mixture))[self.seed] - mixture
+        bend = float(line @ curvature @ line)
+        if 0.0 < way < 1.0 and bend > 0:  # the lowest point moves with the mixture; a straight line has none
             mixed = (1.0 - way) * curvature @ line - slope
-            hessian = hessian - np.outer(mixed, mixed) / float(line @ curvature @ line)
+            hessian = hessian - np.outer(mixed, mixed) / bend
         return value, gradient, hessian
 
 

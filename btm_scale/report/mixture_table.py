@@ -87,9 +87,10 @@ def trust(chosen: ChosenMixture) -> list[str]:
     sentences = []
     if chosen.mean.trained is not None and chosen.mean.trained_uniform is not None:
         sentences.append(
-            f"Trained on this mixture, a model is predicted to have a mean perplexity of "
-            f"{perplexity(chosen.mean.trained)}, on the uniform one {perplexity(chosen.mean.trained_uniform)}. "
-            "These are to rank mixtures: their levels are less certain than those of averages."
+            f"A model that is trained on this mixture is predicted to have a mean perplexity of "
+            f"{perplexity(chosen.mean.trained)}, and one that is trained on the uniform mixture "
+            f"{perplexity(chosen.mean.trained_uniform)}. Use these to rank mixtures: their levels are less certain "
+            "than those of averages."
         )
     sentences += [f"The nearest of {measured} differs in {chosen.nearest:.0%} of the weight."]
     models = len(chosen.weights)
@@ -108,8 +109,8 @@ def trust(chosen: ChosenMixture) -> list[str]:
         named = first_few(chosen.unreplayed, "models", most=8)
         sentences.append(
             f"Trained on a single domain: {named}. Averages of such models can rank mixtures differently from "
-            "training, and without a seed LM no training is predicted. Averages of experts with "
-            "`branch: {replay: 0.1}` rank them better."
+            "training. Those of experts with `branch: {replay: 0.1}` rank them better, and with a seed LM the "
+            "perplexity of trained models is predicted."
         )
     return sentences
 

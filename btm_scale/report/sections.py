@@ -249,14 +249,18 @@ def _routing(results: Results) -> Section:
 
 def _mixture(chosen: ChosenMixture) -> Section:
     targets = ", ".join(chosen.targets)
-    words = f"The mixture with the lowest predicted mean perplexity of a model that is trained on it, on {targets}"
-    words += "".join(f", keeping {name} within {ratio:g} times the seed LM's" for name, ratio in chosen.keep.items())
+    is_trained = chosen.mean.trained is not None  # not without a seed LM, nor in older files
+    words = f"The mixture with the lowest predicted mean perplexity on {targets}"
+    words += ", of a model that is trained on it" if is_trained else ", of the average"
+    words += "".join(
+        f", keeping the average's on {name} within {ratio:g} times the seed LM's" for name, ratio in chosen.keep.items()
+    )
     words += (
         ". Each dot is a weighted average of the experts and the seed LM on one text: its measured perplexity (y) and "
         "the one that the text's law predicts, fitted to all other averages (x). On the dotted line, both are equal. "
-        "A star is the average with the chosen weights and its 95% interval; a model that is trained on the mixture is "
-        "predicted in the table."
+        "A star is the average with the chosen weights, with its 95% interval."
     )
+    words += " The table also has the predicted perplexity of a trained model." if is_trained else ""
     title = "Perplexity of weighted averages, measured and predicted"
     columns = ["Text", "Seed LM", "Uniform average", "Chosen average", "95%", "Trained", "Law", "R\u00b2"]
     table = plain_table("Predicted perplexity of the chosen mixture", columns, prediction_rows(chosen))

@@ -7,6 +7,8 @@ import pytest
 from helpers.mixtures import chosen_mixture, known_loss
 
 from btm_scale.evaluate.mixture_law import LAWS, Law
+from btm_scale.evaluate.mixture_optimum import log_mean, lowest_mean
+from btm_scale.evaluate.mixture_runs import drawn
 from btm_scale.evaluate.mixture_trained import TrainedLoss
 
 MODELS = 4
@@ -72,6 +74,39 @@ def test_a_domain_that_a_mixture_leaves_out_is_forgotten_as_the_average_forgets_
     assert surface.loss(without) == pytest.approx(surface.law.loss(surface.parameters, without))
 
 
+def test_a_loss_that_is_the_same_everywhere_has_no_slope_on_the_simplex() -> None:
+    within = np.eye(MODELS) - 1.0 / MODELS  # projects onto the directions that keep the sum of the weights
+    for law in LAWS:
+        parameters = np.zeros(law.size(MODELS))
+        parameters[: MODELS if law.name != "exponential" else 1] = 2.0
+        surface = TrainedLoss(law, parameters, SEED, np.eye(MODELS)[0])
+        for mixture in np.random.default_rng(0).dirichlet(np.ones(MODELS), 50):
+            gradient, hessian = surface.derivatives(mixture)
+            np.testing.assert_allclose(within @ gradient, 0.0, atol=1e-9)
+            np.testing.assert_allclose(within @ hessian @ within, 0.0, atol=1e-9)
+
+
+def test_no_sampled_mixture_has_a_lower_mean_than_the_one_that_is_found() -> None:
+    random = np.random.default_rng(1)
+    samples = np.concatenate([random.dirichlet(np.full(MODELS, alpha), 4000) for alpha in (0.2, 0.5, 1.0)])
+    for case in range(5):
+        law, targets = LAWS[-1], []
+        for own in range(MODELS - 1):
+            parameters = random.uniform(2.5, 4.5, law.size(MODELS))
+            parameters[own] = 1.5
+            parameters[MODELS:] = random.uniform(-4.0, 0.5, law.size(MODELS) - MODELS)
+            targets.append((TrainedLoss(law, parameters, SEED, np.eye(MODELS)[own]), 1 / 3))
+        found = lowest_mean(targets, [], drawn_mixtures(24))
+        assert found is not None
+        assert log_mean(targets, found[None])[0] <= log_mean(targets, samples).min() + 1e-6, case
+
+
+def drawn_mixtures(count: int) -> np.ndarray:
+    """Return the mixtures that `btm-scale mixture` would measure, as starts."""
+    names = [f"m{j}" for j in range(MODELS)]
+    return np.array([[one.get(name, 0.0) for name in names] for one in drawn(names, count)])
+
+
 def interfering(weights: dict[str, float], text: str) -> float:
     """Return the loss of averages of experts that pull one another away from what the seed LM knows."""
     others = sum(weight for name, weight in weights.items() if name not in (text, "seed"))
@@ -81,7 +116,7 @@ def interfering(weights: dict[str, float], text: str) -> float:
 
 def test_averages_that_interfere_do_not_make_a_mixture_of_one_domain_the_best() -> None:
     chosen = chosen_mixture(["math", "code", "seed"], loss=interfering)  # type: ignore[arg-type]
-    assert chosen.weights["seed"] == 0.0  # in training it is no more than text that is replayed
+    assert chosen.weights["seed"] == 0.0  # replayed text helps on neither target
     assert chosen.weights["math"] == pytest.approx(0.5, abs=1e-3)
     assert chosen.mean.trained is not None
     assert chosen.mean.trained < chosen.mean.seed < chosen.mean.predicted

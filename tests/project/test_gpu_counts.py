@@ -74,7 +74,7 @@ print(json.dumps({whose: [total.kernels, total.bytes] for whose, total in totals
 
 
 def test_a_layer_moves_what_is_committed() -> None:
-    # A process of its own, because Megatron-core's groups are a process's own state.
+    # In another process, because Megatron-core's process groups are global.
     done = subprocess.run(
         [sys.executable, "-c", LAYERS], cwd=ROOT / "benchmarks", check=True, capture_output=True, text=True
     )

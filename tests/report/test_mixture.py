@@ -47,12 +47,22 @@ def test_the_page_has_a_section_of_the_mixture_if_one_was_chosen(config, make_re
     shown = sections(config, make_results(), {}, MixtureRecord(chosen=chosen))
     [section] = [one for one in shown if one.title == "Data mixture"]
     assert section.chart is not None
-    assert "on math, code, keeping general within 1.02 times the seed LM's" in section.chart.words
+    words = "on math, code, of a model that is trained on it, keeping the average's on general within 1.02 times"
+    assert words in section.chart.words
+    assert "of a trained model" in section.chart.words
     assert [row.name for row in section.chart.table.rows] == ["math", "code", "general", "mean"]
     assert [row.name for row in section.table.rows] == ["code", "math", "seed"]
     page = render_page(config, make_results(), {}, mixtures=MixtureRecord(chosen=chosen))
     assert "Data mixture" in page
     assert 'data-name="mixture"' in page
+
+
+def test_the_page_says_so_if_no_trained_model_was_predicted(config, make_results):
+    chosen = chosen_mixture(["math", "code"])
+    shown = sections(config, make_results(), {}, MixtureRecord(chosen=chosen))
+    [section] = [one for one in shown if one.title == "Data mixture"]
+    assert "on math, code, of the average. Each dot" in section.chart.words
+    assert "trained" not in section.chart.words
 
 
 def test_the_terminal_shows_predictions_weights_and_the_distance_to_what_was_measured():
