@@ -54,9 +54,8 @@ class TrainingJob:
     layout: Layout
     warmup_scale: float = 1.0
     earlier: tuple[Stretch, ...] = ()  # of smaller budgets; steps, samples and progress are those of the last
-    stable_steps: int | None = (
-        None  # with wsd: those that a raised budget keeps, since neither rate nor text depends on it
-    )
+    # With wsd: the steps that a raised budget keeps, since neither rate nor text depends on it.
+    stable_steps: int | None = None
     trains: TrainedPart = "all"
     mixture: MoeTrainConfig | None = None  # settings of joint training, for the mixture of experts
 

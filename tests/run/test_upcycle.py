@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.handmade_run import DOMAINS
+from helpers.upcycling import WEIGHTS, Run, change, files_of, unscored
 from helpers.warm import Warm
 from safetensors.torch import load_file, save_file
 
@@ -35,17 +35,10 @@ from btm_scale.run.upcycle import Recipe, upcycle
 from btm_scale.run_dir import MOE, RunDir, finished_models
 from btm_scale.serve.catalog import catalog_of
 
-Run = tuple[RunConfig, RunDir]
-WEIGHTS = "model.safetensors"
-
 
 @pytest.fixture
 def run(handmade: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run of four experts, in which nothing is scored: that would start a group."""
-    config, made = handmade
-    shutil.copytree(made.root, tmp_path / "run", symlinks=True)
-    monkeypatch.setattr(module, "score_models", lambda *_: [])
-    return config, RunDir(tmp_path / "run")
+    return unscored(handmade, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -60,10 +53,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(router_sums, "_compute", noted)
     return names
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def mean_loss(config: RunConfig, run: RunDir) -> float:
@@ -194,53 +183,6 @@ def test_the_mixture_scores_continuations_and_is_served_like_any_model(run: Run)
     log_probs = block_log_probs(Decoder.load(run[1].model(MOE)), tokens, np.zeros(1, np.int64))
     assert score == pytest.approx(log_probs[9:].sum(), abs=1e-3)
     assert MOE in catalog_of(DOMAINS, finished_models(run[1]), "expert", created=0).others
-
-
-def as_mlp_experts(run: RunDir, *, parent: str = "seed") -> dict[str, torch.Tensor]:
-    """Give the experts all but their MLPs of their parent, as if only these had been trained; return the parent's."""
-    shared = load_file(run.model(parent) / WEIGHTS)
-    for name in ("cpp", "docs", "licences", "python"):
-        directory = run.model(name)
-        own = {key: tensor for key, tensor in load_file(directory / WEIGHTS).items() if ".mlp." in key}
-        change(directory, shared | own)
-        read_expert(directory).model_copy(update={"trains": "mlp"}).save(directory / CARD)
-    return shared
-
-
-def change(directory: Path, weights: dict[str, torch.Tensor]) -> None:
-    save_file(weights, directory / WEIGHTS, {"format": "pt"})
-    read_expert(directory).model_copy(update={"content_hash": content_hash(directory)}).save(directory / CARD)
-
-
-def test_experts_that_trained_their_mlps_share_the_parents_bits_and_can_be_left_out_exactly(run: Run) -> None:
-    parent = as_mlp_experts(run[1])
-    directory = run[1].model(MOE)
-    upcycle(*run, Recipe())
-    complete = load_file(directory / WEIGHTS)
-    for name, tensor in parent.items():
-        assert ".mlp." in name or torch.equal(complete[name], tensor), name
-    upcycle(*run, Recipe(without=("cpp",)))
-    without = load_file(directory / WEIGHTS)
-    for name, tensor in without.items():
-        place = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name)
-        before = name if place is None else f"{place[1]}{int(place[2]) + 1}{place[3]}"  # cpp was the first
-        assert ".gate." in name or torch.equal(tensor, complete[before]), name
-
-
-@pytest.mark.parametrize("parent_is_there", [True, False])
-def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(run: Run, parent_is_there: bool) -> None:
-    as_mlp_experts(run[1])
-    weights = load_file(run[1].model("docs") / WEIGHTS)
-    change(run[1].model("docs"), weights | {"model.norm.weight": weights["model.norm.weight"] + 1})
-    if not parent_is_there:
-        shutil.rmtree(run[1].model("seed"))
-    before = files_of(run[1].root)
-    other = "its parent 'seed'" if parent_is_there else "an expert of the same parents, 'cpp'"
-    message = f"'docs' was trained with train: mlp, but 'model.norm.weight' differs from that of {other}"
-    with pytest.raises(ForestError, match=message):
-        upcycle(*run, Recipe())
-    assert files_of(run[1].root) == before
-    assert not upcycle(*run, Recipe(without=("docs",))).is_complete
 
 
 def test_the_seed_can_be_a_shared_expert_that_is_recorded_and_replaced(

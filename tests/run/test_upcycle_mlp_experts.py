@@ -1,0 +1,64 @@
+"""`btm-scale upcycle` of experts that trained their MLPs alone, and have their parent's bits in everything else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.upcycling import WEIGHTS, Run, change, files_of, unscored
+from safetensors.torch import load_file
+
+from btm_scale.errors import ForestError
+from btm_scale.forest.expert import CARD, read_expert
+from btm_scale.run.upcycle import Recipe, upcycle
+from btm_scale.run_dir import MOE, RunDir
+
+
+@pytest.fixture
+def run(handmade: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return unscored(handmade, tmp_path, monkeypatch)
+
+
+def as_mlp_experts(run: RunDir, *, parent: str = "seed") -> dict[str, torch.Tensor]:
+    """Give the experts all but their MLPs of their parent, as if only these had been trained; return the parent's."""
+    shared = load_file(run.model(parent) / WEIGHTS)
+    for name in ("cpp", "docs", "licences", "python"):
+        directory = run.model(name)
+        own = {key: tensor for key, tensor in load_file(directory / WEIGHTS).items() if ".mlp." in key}
+        change(directory, shared | own)
+        read_expert(directory).model_copy(update={"trains": "mlp"}).save(directory / CARD)
+    return shared
+
+
+def test_experts_that_trained_their_mlps_share_the_parents_bits_and_can_be_left_out_exactly(run: Run) -> None:
+    parent = as_mlp_experts(run[1])
+    directory = run[1].model(MOE)
+    upcycle(*run, Recipe())
+    complete = load_file(directory / WEIGHTS)
+    for name, tensor in parent.items():
+        assert ".mlp." in name or torch.equal(complete[name], tensor), name
+    upcycle(*run, Recipe(without=("cpp",)))
+    without = load_file(directory / WEIGHTS)
+    for name, tensor in without.items():
+        place = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name)
+        before = name if place is None else f"{place[1]}{int(place[2]) + 1}{place[3]}"  # cpp was the first
+        assert ".gate." in name or torch.equal(tensor, complete[before]), name
+
+
+@pytest.mark.parametrize("parent_is_there", [True, False])
+def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(run: Run, parent_is_there: bool) -> None:
+    as_mlp_experts(run[1])
+    weights = load_file(run[1].model("docs") / WEIGHTS)
+    change(run[1].model("docs"), weights | {"model.norm.weight": weights["model.norm.weight"] + 1})
+    if not parent_is_there:
+        shutil.rmtree(run[1].model("seed"))
+    before = files_of(run[1].root)
+    other = "its parent 'seed'" if parent_is_there else "an expert of the same parents, 'cpp'"
+    message = f"'docs' was trained with train: mlp, but 'model.norm.weight' differs from that of {other}"
+    with pytest.raises(ForestError, match=message):
+        upcycle(*run, Recipe())
+    assert files_of(run[1].root) == before
+    assert not upcycle(*run, Recipe(without=("docs",))).is_complete
