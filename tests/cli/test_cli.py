@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.processes import command_line, is_alive
 from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
 from helpers.warm import Warm
 
@@ -189,11 +190,11 @@ def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(
     workers: list[psutil.Process] = []
     while not workers:
         assert process.poll() is None, "it ended before it could be killed"
-        workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+        workers = [child for child in process.children() if "spawn_main" in command_line(child)]
     process.kill()
     process.wait()
     psutil.wait_procs(workers, timeout=60)
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert not any(is_alive(worker) for worker in workers)
     done = warm.check("prepare", tmp_path / "run.yaml", "--out", made, "--json", "--set", "data.workers=1")
     assert set(json.loads(done.stdout)["domains"]) == {"python", "licences", "docs"}
     assert not list((made / "data").glob(".*.partial"))

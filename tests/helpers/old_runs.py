@@ -14,6 +14,7 @@ To create it again, with version 0.1.0 installed in a virtual environment OLD:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -101,7 +102,8 @@ def _kill_in_second_expert(command: list[str], run: Path) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
     for child in _descendants(process.pid):
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(1)

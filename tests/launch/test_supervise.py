@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+from helpers.processes import command_line, is_alive
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch import supervise
@@ -259,8 +260,8 @@ def test_a_request_to_stop_while_a_group_starts_leaves_no_process_behind(tmp_pat
 
     with pytest.raises(SystemExit):
         run_groups_in(Room(1), commands(tmp_path, "one"))
-    left = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    assert not [child for child in left if "time.sleep(600)" in " ".join(child.cmdline())]
+    left = [child for child in psutil.Process().children() if is_alive(child)]
+    assert not [child for child in left if "time.sleep(600)" in command_line(child)]
 
 
 def test_a_missing_program_is_reported(tmp_path: Path) -> None:
