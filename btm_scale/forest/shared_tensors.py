@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, same_bits
+from btm_scale.checkpoint.merge.plan import Unit
+from btm_scale.checkpoint.merge.runner import Buffers, parts_of
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, is_finished
 from btm_scale.model.hf_config import read_shape
@@ -16,7 +20,8 @@ from btm_scale.model.trained import frozen_names
 from btm_scale.run_dir import RunDir
 from btm_scale.util.pools import in_threads
 
-_CHUNK_ELEMENTS = 1 << 19  # that remain in a core's cache
+_CHUNK_ELEMENTS = 1 << 18  # a chunk of the reference and one of an expert remain in a core's cache
+_PART_ELEMENTS = 1 << 23  # compared by one thread
 
 
 def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
@@ -43,12 +48,12 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
             pairs.append((name, card.parents[0].name, "its parent"))
         elif first != name:
             pairs.append((name, first, "an expert of the same parents,"))
-    found = in_threads(lambda pair: _first_difference(run.model(pair[0]), run.model(pair[1])), pairs)
-    for (name, other, whose), differing in zip(pairs, found, strict=True):
-        if differing is not None:
+    differing = _first_differences(run, [(name, other) for name, other, _ in pairs])
+    for name, other, whose in pairs:
+        if name in differing:
             raise ForestError(
-                f"'{name}' was trained with train: mlp, but '{differing}' differs from that of {whose} '{other}'. Such "
-                f"an expert has the bits of its parents in all but its MLPs. Restore it, or leave it out: --without "
+                f"'{name}' was trained with train: mlp, but '{differing[name]}' differs from that of {whose} '{other}'. "
+                "Such an expert has the bits of its parents in all but its MLPs. Restore it, or leave it out: --without "
                 f"{name}"
             )
     return len(kinds) == 1
@@ -59,29 +64,35 @@ def _dtype(directory: Path) -> torch.dtype:
         return next(spec.dtype for spec in model.specs().values() if spec.dtype.is_floating_point)
 
 
-def _first_difference(directory: Path, other: Path) -> str | None:
-    """Return the first tensor beside the MLPs that differs from another model's, rounded to the same dtype, or None."""
-    names = sorted(frozen_names(read_shape(directory), "mlp"))
-    with open_model(directory) as ours, open_model(other) as theirs:
-        return next(_differing(ours, theirs, names), None)
+def _first_differences(run: RunDir, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the first tensor beside the MLPs in which each expert differs from its reference, of those that differ.
+
+    `pairs` are (expert, reference). A reference of several experts is read once, and rounded to their dtype.
+    """
+    found: dict[str, str] = {}
+    for reference in dict.fromkeys(reference for _, reference in pairs):
+        experts = [expert for expert, theirs in pairs if theirs == reference]
+        with ExitStack() as stack:
+            theirs = stack.enter_context(open_model(run.model(reference)))
+            ours = {expert: stack.enter_context(open_model(run.model(expert))) for expert in experts}
+            parts = [
+                part
+                for name in sorted(frozen_names(read_shape(run.model(experts[0])), "mlp"))
+                for part in parts_of(Unit(name, 0, theirs.spec(name).elements), _PART_ELEMENTS)
+            ]
+            for part, those in zip(parts, in_threads(partial(_differing, theirs, ours), parts), strict=True):
+                for expert in those:
+                    found.setdefault(expert, part.name)
+    return found
 
 
-def _differing(ours: ModelReader, theirs: ModelReader, names: Iterable[str]) -> Iterator[str]:
-    arrays: dict[tuple[ModelReader, torch.dtype], torch.Tensor] = {}
-
-    def read(model: ModelReader, name: str, start: int, stop: int) -> torch.Tensor:
-        dtype = model.exact_dtype(name)
-        if (model, dtype) not in arrays:
-            arrays[model, dtype] = torch.empty(_CHUNK_ELEMENTS, dtype=dtype)
-        out = arrays[model, dtype][: stop - start]
-        model.read_into(name, start, out)
-        return out
-
-    for name in names:
-        elements = ours.spec(name).elements
-        for start in range(0, elements, _CHUNK_ELEMENTS):
-            stop = min(start + _CHUNK_ELEMENTS, elements)
-            mine, other = (read(model, name, start, stop) for model in (ours, theirs))
-            if not same_bits(mine, other.to(mine.dtype)):
-                yield name
-                break
+def _differing(reference: ModelReader, experts: Mapping[str, ModelReader], part: Unit) -> set[str]:
+    """Return the experts that differ from the reference in a part of a tensor."""
+    buffers, found = Buffers(), set()
+    for chunk in parts_of(part, _CHUNK_ELEMENTS):
+        theirs = buffers.stored(reference, chunk, "reference")
+        for name, expert in experts.items():
+            ours = buffers.stored(expert, chunk)
+            if not same_bits(ours, theirs.to(ours.dtype)):
+                found.add(name)
+    return found
