@@ -52,9 +52,9 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
     for name, other, whose in pairs:
         if name in differing:
             raise ForestError(
-                f"'{name}' was trained with train: mlp, but '{differing[name]}' differs from that of {whose} '{other}'. "
-                "Such an expert has the bits of its parents in all but its MLPs. Restore it, or leave it out: --without "
-                f"{name}"
+                f"'{name}' was trained with train: mlp, but '{differing[name]}' differs from that of {whose} "
+                f"'{other}'. Such an expert has the bits of its parents in all but its MLPs. Restore it, or leave it "
+                f"out: --without {name}"
             )
     return len(kinds) == 1
 
