@@ -10,7 +10,7 @@ from doc_tables import _read, _source, _table
 
 _NOT_MEASURED = "-"
 _REPLAYS = (0.1, 0.3)
-PREDICTIONS = {"predicted": "trained models predicted", "averages": "averages"}
+PREDICTIONS = {"predicted": "trained models predicted", "averages": "averages, by the law fitted to them"}
 
 Unit = Mapping[str, Any]
 Units = Mapping[str, Unit]
@@ -46,7 +46,8 @@ def predictors() -> list[tuple[str, str]]:
 def rank_correlation(units: Units, forest: str, predictor: str, key: str = "predicted") -> float | None:
     """Return Spearman's correlation of the mean perplexity that a unit predicts with that of the trained mixtures.
 
-    `key`: one of PREDICTIONS, of models that are trained on the mixtures or of the averages themselves.
+    `key`: one of PREDICTIONS, of models that are trained on the mixtures, or of the averages by the
+    law that is fitted to some of them.
     """
     trained, unit = _trained(units, forest), units.get(f"{forest}/{predictor}")
     if unit is None or len(trained) < 3:

@@ -26,6 +26,16 @@ class Bound:
         """Return whether a value is strictly on the claim's side of the limit."""
         return value < self.limit if self.sign == "<" else value > self.limit
 
+    def decided(self, value: float, beyond: str = "") -> bool | None:
+        """Return whether a value meets the bound; None if `beyond` says that it is a limit which does not decide it.
+
+        `beyond` is `<` if the value is less than `value`, and `>` if it is more.
+        """
+        if not beyond:
+            return self.is_met(value)
+        reaches = value >= self.limit if beyond == ">" else value <= self.limit
+        return (beyond == self.sign) if reaches else None
+
     def __str__(self) -> str:
         return f"{self.sign} {self.limit:g}"
 
@@ -42,6 +52,13 @@ class Figure:
     def __post_init__(self) -> None:
         if not self.by_seed:
             raise NotMeasuredError(f"'{self.label}' has no random seed.")
+
+    def decided(self) -> dict[int, bool]:
+        """Return whether each random seed meets the bound, without those whose limits do not decide it."""
+        if self.bound is None:
+            return {}
+        met = {seed: self.bound.decided(value, self.beyond.get(seed, "")) for seed, value in self.by_seed.items()}
+        return {seed: one for seed, one in met.items() if one is not None}
 
 
 class Evidence:
@@ -94,12 +111,15 @@ class Judged:
     claim: Claim
     figures: Sequence[Figure]
     verdict: str
-    seeds: int  # that every figure with a bound has at least
+    seeds: tuple[int, int] = (0, 0)  # the fewest and the most random seeds of a figure with a bound
 
     @property
     def sentence(self) -> str:
         """The verdict; a single random seed is part of it."""
-        return f"{self.verdict} (one seed)" if self.seeds == 1 else self.verdict
+        fewest, most = self.seeds
+        if fewest == 1:
+            return f"{self.verdict} ({'one seed' if most == 1 else 'some figures of one seed'})"
+        return self.verdict
 
     @property
     def contradicts(self) -> bool:
@@ -112,10 +132,14 @@ def judged(claim: Claim, evidence: Evidence) -> Judged:
     try:
         figures = list(claim.read(evidence))
     except NotMeasuredError:
-        return Judged(claim, [], NOT_MEASURED, 0)
-    bounded = [(figure.bound, figure.by_seed) for figure in figures if figure.bound is not None]
+        return Judged(claim, [], NOT_MEASURED)
+    bounded = [figure for figure in figures if figure.bound is not None]
     if not bounded:
         raise ValueError(f"No figure of '{claim.title}' has a bound. A claim that no figure can refute has no verdict.")
-    met = [bound.is_met(value) for bound, by_seed in bounded for value in by_seed.values()]
+    decided = [by_seed for figure in bounded if (by_seed := figure.decided())]
+    met = [value for by_seed in decided for value in by_seed.values()]
+    if not met:
+        return Judged(claim, [], NOT_MEASURED)
     verdict = HOLDS if all(met) else IN_PART if any(met) else NOT_HERE
-    return Judged(claim, figures, verdict, min(len(by_seed) for _, by_seed in bounded))
+    counts = [len(by_seed) for by_seed in decided]
+    return Judged(claim, figures, verdict, (min(counts), max(counts)))

@@ -14,7 +14,11 @@ def tuning(evidence: Evidence) -> list[Figure]:
     """The dense baseline with the settings of the other families over that with others, on dev text."""
     dense = Points(evidence, "tuning").curves("dense")
     others = {"lr-1.5e-3": "half the learning rate", "lr-6e-3": "twice the learning rate", "beta2-0.98": "beta2 0.98"}
-    return [same(f"`dense` as chosen / with {label}", dense, "chosen", at, _LESS) for at, label in others.items()]
+    smaller = "a quarter of the batch, half the learning rate"
+    return [
+        *(same(f"`dense` as chosen / with {label}", dense, "chosen", at, _LESS) for at, label in others.items()),
+        same(f"`dense` as chosen / with {smaller}", dense, "chosen", "batch-2048"),
+    ]
 
 
 def sizes(evidence: Evidence) -> list[Figure]:
@@ -32,10 +36,10 @@ def sizes(evidence: Evidence) -> list[Figure]:
 def later_rounds(evidence: Evidence) -> list[Figure]:
     """New experts from the posterior average over those from the seed LM, each on its domain."""
     points = Points(evidence, "rounds")
-    rounds = {"second round (med, news)": ("med", "news"), "third round (cs, wiki)": ("cs", "wiki")}
+    rounds = {"first two added (med, news)": ("med", "news"), "last two added (cs, wiki)": ("cs", "wiki")}
     ways = ("posterior", "seed")
     figures = [
-        same(f"own experts of the {label}, from posterior average / from seed", _own(points, names), *ways, _LESS)
+        same(f"own experts, {label}, from posterior average / from seed", _own(points, names), *ways, _LESS)
         for label, names in rounds.items()
     ]
     added = ("med", "news", "cs", "wiki")
@@ -93,7 +97,7 @@ def rewarming(evidence: Evidence) -> list[Figure]:
 
 
 def replay(evidence: Evidence) -> list[Figure]:
-    """The forgetting with and without replay, in nats, and what replay costs on the new domains."""
+    """The forgetting with and without replay, as logs of ratios of mean perplexities, and what replay costs."""
     points = Points(evidence, "continued")
     new, old = _own(points, ("med", "python")), _forgotten(points)
     before = points.curves("seed", domains=("math", "legal"))
@@ -102,9 +106,9 @@ def replay(evidence: Evidence) -> list[Figure]:
     without, with_it = ({seed: _loss_added(old[seed], at, before[seed]) for seed in seeds} for at in ways)
     beyond_half = {seed: with_it[seed] - without[seed] / 2 for seed in seeds}
     return [
-        Figure("old domains: loss added without replay, nats", without, Bound(">", 0)),
-        Figure("old domains: loss added with replay minus half of that without, nats", beyond_half, Bound("<", 0)),
-        Figure("old domains: loss added with replay, nats", with_it),
+        Figure("old domains: log of the increase in mean perplexity, without replay", without, Bound(">", 0)),
+        Figure("the same with replay, minus half of that without", beyond_half, Bound("<", 0)),
+        Figure("old domains: log of the increase in mean perplexity, with replay", with_it),
         same("new domains: with replay / without", new, "replayed", "rewarmed", Bound("<", 1.05)),
     ]
 

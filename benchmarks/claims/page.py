@@ -20,17 +20,18 @@ _HEAD = """# Claims
 Which claims of Branch-Train-Merge and of papers that build on it hold in this system, at a size that two CPU cores
 train in minutes? Each claim has figures with a bound. It *holds* if the figures of all random seeds meet their bounds,
 *holds in part* if some do, and otherwise *does not hold at this size*. Where there is only one random seed, the verdict
-says so: nothing is known of its spread. Figures without a bound are shown for comparison.
+says so: its spread is unknown. Figures without a bound are shown for comparison.
 
-Perplexity is on test text and over the same target tokens for every method; lower is better. Nothing was fitted or
-tuned on test text: the weights of ensembles and averages, and the
-[sweep](results.md#sweep-of-the-dense-baseline) of the dense baseline, use dev text. The models and their text are
-small: these figures compare methods, and do not predict large models.
+Except where a claim says otherwise, perplexity is on test text and over the same target tokens for every method; lower
+is better. Nothing was fitted or tuned on test text, with one exception that [Data ablation](#data-ablation) states: the
+weights of ensembles and averages, and the [sweep](results.md#sweep-of-the-dense-baseline) of the dense baseline, use
+dev text. The models and their text are small: these figures compare methods, and do not predict large models.
 
 `python benchmarks/write_docs.py` writes this page from the JSON files in `benchmarks/results/`, which record hardware,
 package versions and date. `make claims NAME=... CORPORA=FOLDER` trains one family of runs of `configs/claims/`, and
-without NAME all of them; units that are in the JSON are not measured again. `FOLDER` has the corpora, `math.jsonl.gz`
-and so on, with `text` and `source` in each row; `DEMO` is the folder `text` of a run of `btm-scale demo`.
+without NAME all of them; units that are in the JSON are not measured again. `FOLDER` contains the corpora,
+`math.jsonl.gz` and so on, with `text` and `source` in each row; `DEMO` is the folder `text` of a run of
+`btm-scale demo`.
 """
 
 
@@ -65,7 +66,7 @@ def _summary(found: Sequence[Judged]) -> Iterator[str]:
     )
     yield "| claim | verdict | random seeds |\n| --- | --- | ---: |"
     for one in found:
-        seeds = str(one.seeds) if one.seeds else "-"
+        seeds = " to ".join(map(str, sorted(set(one.seeds)))) if one.seeds[1] else "-"
         yield f"| [{one.claim.title}](#{_slug(one.claim)}) | {one.sentence} | {seeds} |"
     yield ""
 

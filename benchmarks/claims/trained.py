@@ -33,7 +33,8 @@ _SHARES = (
 _DOMAINS = (
     "8 domains of 8 MB as 2, 4, 8, 16 and 32 clusters of `btm-scale discover`, one expert each; a model of 1.1 million "
     "parameters, 3 million training tokens for each forest and for its dense baseline; all are evaluated on the test "
-    "text of the 8 domains, with one tokenizer"
+    "text of the 8 domains, with one tokenizer. An expert takes as many steps as dense: its batch is dense's 32 "
+    "sequences divided by the number of clusters"
 )
 _CONTINUED = (
     "a model of 1.1 million parameters, trained on 1.8 million tokens of law and mathematics, then on 0.5 million of "
@@ -46,7 +47,8 @@ CLAIMS = (
         "8 domains of 8 MB as one, a model of 1.1 million parameters, 3 million training tokens; perplexity on dev "
         "text",
         "Tuned baseline",
-        "The dense baseline of the runs below is tuned: twice or half its learning rate, or a larger beta2, is worse.",
+        "The dense baseline of the runs below with 32 sequences in a batch is tuned at that batch: twice or half its "
+        "learning rate, or a larger beta2, is worse.",
         "this project",
         comparisons.tuning,
     ),
@@ -54,21 +56,23 @@ CLAIMS = (
         "seed-share",
         _SHARES,
         "Seed share",
-        "Half of the compute for the seed LM is better than none and better than all.",
-        f"{_BTM}, section 4: of 0 to 100%, 40 to 60% is best for the ensemble",
+        "A seed phase with half of the compute is better than none, than a shorter or longer one, and than all.",
+        f"{_BTM}, section 5: of 0 to 100%, 40 to 60% is best for the ensemble",
         seed_share.optimum,
-        "Training is so short here that an expert learns most from the words of its own domain, and a step on other "
-        "domains' text helps it less than one on its own. The paper's experts have billions of tokens, so that what "
-        "all domains have in common is worth learning once.",
+        "Training is so short here, 244 steps, that mathematics, law and Python gain more from training on their own "
+        "text alone than from what all domains have in common, and medicine less. The paper's experts have billions of "
+        "tokens.",
         draw=seed_share.drawn,
     ),
     _of(
         "seed-share",
         _SHARES,
         "Averages and the seed share",
-        "An average of the experts' parameters is best with a longer seed phase than the ensemble.",
-        f"{_BTM}, section 4: 60 to 70% is best for averages",
+        "An average of the experts' parameters is best with a longer seed phase than the ensemble is.",
+        f"{_BTM}, section 5: 60 to 70% is best for averages",
         seed_share.average_wants_more,
+        "The uniform average needs experts that are close to one another: it improves until the seed LM gets all "
+        "tokens and nothing is averaged. The posterior average follows the ensemble, because its prior is nearly one expert.",
     ),
     _of(
         "seed-share",
@@ -76,7 +80,7 @@ CLAIMS = (
         "Averages without a seed LM",
         "Experts that share no trained seed LM cannot be averaged: the average has a perplexity of at least ten times "
         "that of dense.",
-        f"{_BTM}, section 4: perplexity in the thousands. Here experts without a seed phase begin with the same random "
+        f"{_BTM}, section 5: perplexity in the thousands. Here experts without a seed phase begin with the same random "
         "weights",
         seed_share.no_seed_no_average,
     ),
@@ -85,7 +89,7 @@ CLAIMS = (
         _DOMAINS,
         "Number of domains",
         "The ensemble's gain over dense grows with the number of domains.",
-        f"{_BTM}, section 5: 8 to 64 domains",
+        f"{_BTM}, section 6: 8 to 64 domains",
         number_of_domains.growing_gain,
         draw=number_of_domains.drawn,
     ),
@@ -94,7 +98,7 @@ CLAIMS = (
         f"{_DOMAINS}; dense baselines of 1, 1.5, 2.5 and 4 times the compute, trained once",
         "Compute and the number of domains",
         "The dense-equivalent compute of the ensemble grows with the number of domains.",
-        f"{_BTM}, section 5: 2.5 times with 64 domains",
+        f"{_BTM}, section 6: 2.5 times with 64 domains",
         number_of_domains.growing_equivalent,
     ),
     _of(
@@ -110,7 +114,7 @@ CLAIMS = (
         _DOMAINS,
         "Top-k of many clusters",
         "The 4 of 32 experts with the largest prior lose almost nothing: at most 1% of mean perplexity.",
-        f"c-BTM, arXiv 2303.14177; {_BTM}, section 5",
+        f"c-BTM, arXiv 2303.14177; {_BTM}, section 6",
         number_of_domains.few_of_many,
     ),
     _of(
@@ -119,17 +123,18 @@ CLAIMS = (
         "and for dense",
         "Sizes of models",
         "The ensemble has a lower perplexity than dense at every size of the models.",
-        f"{_BTM}, section 3: 125 million to 1.3 billion parameters",
+        f"{_BTM}, section 4: 125 million to 1.3 billion parameters",
         comparisons.sizes,
     ),
     _of(
         "rounds",
         "a forest of 4 domains, 1.1 million parameters and 2 million tokens, to which experts of 4 more domains are "
-        "added, each with as many steps as the first ones",
+        "added one after another, each with as many steps as the first ones; the parents of an average have been "
+        "trained longer than the seed LM",
         "Later branching rounds",
-        "Experts that join in a second and third round are better if they branch from the posterior average of the "
+        "Experts that join a forest one after another are better if they branch from the posterior average of the "
         "experts that exist than if they branch from the seed LM.",
-        f"{_BTM}, section 5",
+        f"{_BTM}, section 6",
         comparisons.later_rounds,
     ),
     _of(
@@ -187,10 +192,11 @@ CLAIMS = (
     _of(
         "tokenizers",
         "dense models with the layers of llama-1m and vocabularies of 1,024 to 8,192 tokens, trained on 2 million "
-        "tokens of 2 domains, on all of the same test text",
+        "tokens of 2 domains, on all of the same test text. With a larger vocabulary, a model reads more text in these "
+        "tokens and takes more operations",
         "Perplexity and bits per byte",
-        "Perplexity does not compare models with different tokenizers, and bits per byte do: with a larger vocabulary "
-        "perplexity rises while the same text costs fewer bits.",
+        "Perplexity and bits per byte rank models with different tokenizers in opposite orders: with a larger "
+        "vocabulary perplexity rises, while the same text costs fewer bits.",
         "The Pile, arXiv 2101.00027, section 3",
         comparisons.bits_per_byte,
     ),

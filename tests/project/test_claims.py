@@ -41,8 +41,25 @@ def test_a_claim_holds_if_every_random_seed_of_every_figure_meets_its_bound(load
 def test_a_verdict_of_one_random_seed_says_so(load: Any, claim_of: Any) -> None:
     below = load("claims.claim").Bound("<", 1)
     assert claim_of(({1: 0.9}, below)).sentence == "holds (one seed)"
-    assert claim_of(({1: 0.9, 2: 0.9}, below), ({1: 0.9}, below)).sentence == "holds (one seed)"
+    assert claim_of(({1: 0.9, 2: 0.9}, below), ({1: 0.9}, below)).sentence == "holds (some figures of one seed)"
     assert claim_of(({1: 0.9, 2: 0.9}, below), ({1: 0.9}, None)).sentence == "holds"
+
+
+def test_a_value_that_is_only_a_limit_counts_where_it_decides_the_bound(load: Any, tmp_path: Path) -> None:
+    claims = load("claims.claim")
+    above, below = claims.Bound(">", 1), claims.Bound("<", 1)
+    assert above.decided(1.0, ">") is True  # more than 1
+    assert above.decided(1.0, "<") is False
+    assert above.decided(0.9, ">") is None
+    assert above.decided(1.1, "<") is None
+    assert below.decided(1.0, "<") is True
+    assert below.decided(1.0, ">") is False
+    assert below.decided(0.9, ">") is None
+    figures = [claims.Figure("a figure", {1: 2.0, 2: 0.5}, above, {2: ">"})]
+    claim = claims.Claim("A claim", "It is true.", "a paper", "small", "make", (), lambda evidence: figures)
+    assert claims.judged(claim, claims.Evidence(tmp_path)).sentence == "holds (one seed)"
+    figures[:] = [claims.Figure("a figure", {2: 0.5}, above, {2: ">"})]
+    assert claims.judged(claim, claims.Evidence(tmp_path)).verdict == "not measured"
 
 
 def test_a_claim_that_no_figure_can_refute_is_an_error(claim_of: Any) -> None:
@@ -172,6 +189,13 @@ def test_dense_equivalents_use_the_longer_baselines_of_one_random_seed(load: Any
     }
     assert found["dense-equivalent compute of `ensemble`, 32 clusters"].beyond == {1: ">", 2: ">"}
     assert "> 2.000" in page.claims_page(tmp_path)
+    grown = found["equivalent with 32 clusters over that with 8"]
+    assert grown.by_seed == {seed: pytest.approx(2**0.5) for seed in (1, 2)}
+    assert grown.beyond == {1: ">", 2: ">"}
+    for unit in units.values():
+        unit["perplexity"]["ensemble"] = dict.fromkeys(unit["perplexity"].get("dense", ()), 15.0)
+    write_family(tmp_path, "domains", units)  # both are more than the strongest baseline: which is larger is unknown
+    assert claims.judged(claim, claims.Evidence(tmp_path)).verdict == "not measured"
 
 
 def test_experts_of_new_domains_are_compared_on_new_and_on_old_domains(load: Any, tmp_path: Path) -> None:
@@ -206,8 +230,9 @@ def test_other_families_compare_their_points(load: Any, tmp_path: Path) -> None:
     found = list(figures_of(load, tmp_path, "comparisons", "sizes").values())
     assert found == [*[0.9] * 3, *[0.95] * 3, *[1.5] * 3]
     points = {"chosen": dense, "lr-1.5e-3": {"dense": 12.5}, "lr-6e-3": {"dense": 10.0}, "beta2-0.98": {"dense": 8.0}}
+    points["batch-2048"] = {"dense": 16.0}
     write_family(tmp_path, "tuning", curve_units(points, seeds=(1,)))
-    assert list(figures_of(load, tmp_path, "comparisons", "tuning").values()) == [0.8, 1.0, 1.25]
+    assert list(figures_of(load, tmp_path, "comparisons", "tuning").values()) == [0.8, 1.0, 1.25, 0.625]
     domains = ("math", "legal", "med", "python")
     points = {"throughout": dense, "late": {"dense": 9.0}, "equal": {"dense": 12.0}}
     write_family(tmp_path, "late", curve_units(points, domains=domains))

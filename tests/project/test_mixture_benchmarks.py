@@ -131,11 +131,11 @@ def test_what_is_not_measured_is_a_dash_and_ranks_are_of_the_trained_mixtures(lo
     }
     rows = table("doc_mixtures", "mixtures", {"units": units})
     assert rows["no replay: Spearman, trained models predicted"] == ["1.000", "-"]
-    assert rows["no replay: Spearman, averages"] == ["-1.000", "-"]
+    assert rows["no replay: Spearman, averages, by the law fitted to them"] == ["-1.000", "-"]
     assert rows["no replay: lowest R2 of a domain's law"] == ["0.980", "0.980"]
     assert rows["recommended / uniform, trained"] == ["0.900", "-"]
     assert rows["recommended / proportional, trained"] == ["-", "-"]
-    assert rows["replay 0.1: Spearman, averages"] == ["-", "-"]
+    assert rows["replay 0.1: Spearman, averages, by the law fitted to them"] == ["-", "-"]
     assert load("doc_mixtures").spearman(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-1.0)
 
 
