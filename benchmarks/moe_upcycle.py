@@ -47,6 +47,7 @@ for file in files:
 """
 NAMES = [f"domain-{i}" for i in range(MODELS)]
 _PIECE = 1 << 24  # elements
+_TRAINS = {"averaged": "all", "shared": "mlp"}  # what the experts of a recipe trained
 
 
 def measure_upcycling(
@@ -54,50 +55,64 @@ def measure_upcycling(
 ) -> dict[str, Any]:
     """Return the figures of experts that trained everything, whose rest is averaged, and their MLPs alone.
 
-    `seconds` and `copy_seconds` include the time until the output is on the disk; the ratio is of medians.
+    Times include that until the output is on the disk. Both write as many bytes, so each round takes both and one copy,
+    and the ratios are those of medians.
     """
     specs = llama_specs(billions * 1e9, vocabulary)
     work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"environment": describe()}
     with tempfile.TemporaryDirectory(dir=work, prefix="upcycle-") as folder:
         run = _run(Path(folder), specs)
-        for recipe, trains in (("averaged", "all"), ("shared", "mlp")):
-            for name in NAMES:
-                _write_card(run, name, trains)
-            result[recipe] = _measured(run, Path(folder) / "copy", rounds)
+        timed: dict[str, list[dict[str, float]]] = {"copy": [], **{recipe: [] for recipe in _TRAINS}}
+        for _ in range(rounds):
+            for recipe in _TRAINS:
+                timed[recipe].append(_upcycled(run, recipe))
+            timed["copy"].append(_copied(run.model(MOE), Path(folder) / "copy"))
+        seconds = {name: statistics.median(one["synced_seconds"] for one in runs) for name, runs in timed.items()}
+        for recipe in _TRAINS:
+            result[recipe] = {
+                "seconds": seconds[recipe],
+                "ratio": seconds[recipe] / seconds["copy"],
+                "anonymous_bytes": max(one["anonymous_bytes"] for one in timed[recipe]),
+                **_same_bytes(run, recipe),
+                "runs": timed[recipe],
+            }
     sizes = {"models": MODELS, "bytes_per_model": sum(spec.nbytes for spec in specs.values())}
-    return result | sizes | {"shape": {"hidden": HIDDEN, "ffn": FFN}}
+    copy = {"copy_seconds": seconds["copy"], "copies": timed["copy"]}
+    return result | copy | sizes | {"shape": {"hidden": HIDDEN, "ffn": FFN}}
 
 
-def _measured(run: RunDir, copy: Path, rounds: int) -> dict[str, Any]:
-    output = run.model(MOE)
-    upcycle = [sys.executable, "-c", _UPCYCLE, str(run.root)]
-    runs: dict[str, list[dict[str, float]]] = {"upcycle": [], "copy": []}
-    for _ in range(rounds):
-        for name, command, path in (
-            ("upcycle", upcycle, output),
-            ("copy", [sys.executable, "-c", _COPY, str(output), str(copy)], copy),
-        ):
-            if path.exists():
-                _remove(path)
-            os.sync()
-            runs[name].append(measured(command, path))
-    written = content_hash(output)
-    _remove(output)
+def _upcycled(run: RunDir, recipe: str, *jobs: str) -> dict[str, float]:
+    """Make the mixture of experts that trained what the recipe says, anew, and return its time and memory."""
+    for name in NAMES:
+        _write_card(run, name, _TRAINS[recipe])
+    return _timed([sys.executable, "-c", _UPCYCLE, str(run.root), *jobs], run.model(MOE))
+
+
+def _copied(source: Path, copy: Path) -> dict[str, float]:
+    figures = _timed([sys.executable, "-c", _COPY, str(source), str(copy)], copy)
     _remove(copy)
-    measured([*upcycle, "1"], output)
-    seconds, copied = (statistics.median(one["synced_seconds"] for one in runs[name]) for name in runs)
-    figures = {
-        "seconds": seconds,
-        "copy_seconds": copied,
-        "ratio": seconds / copied,
-        "anonymous_bytes": max(one["anonymous_bytes"] for one in runs["upcycle"]),
+    return figures
+
+
+def _timed(command: list[str], output: Path) -> dict[str, float]:
+    if output.exists():
+        _remove(output)
+    os.sync()
+    figures: dict[str, float] = measured(command, output)
+    return figures
+
+
+def _same_bytes(run: RunDir, recipe: str) -> dict[str, Any]:
+    """Return how much the recipe writes, and whether one process writes the same."""
+    output = run.model(MOE)
+    _upcycled(run, recipe)
+    written = content_hash(output)
+    _upcycled(run, recipe, "1")
+    return {
         "bytes_written": sum(file.stat().st_size for file in output.iterdir()),
         "same_bytes_with_one_process": content_hash(output) == written,
-        "runs": runs,
     }
-    _remove(output)
-    return figures
 
 
 def _run(folder: Path, specs: Mapping[str, TensorSpec]) -> RunDir:

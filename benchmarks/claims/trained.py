@@ -72,7 +72,8 @@ CLAIMS = (
         f"{_BTM}, section 5: 60 to 70% is best for averages",
         seed_share.average_wants_more,
         "The uniform average needs experts that are close to one another: it improves until the seed LM gets all "
-        "tokens and nothing is averaged. The posterior average follows the ensemble, because its prior is nearly one expert.",
+        "tokens and nothing is averaged. The posterior average follows the ensemble, because its prior is nearly one "
+        "expert.",
     ),
     _of(
         "seed-share",
