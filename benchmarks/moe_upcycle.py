@@ -56,7 +56,7 @@ def measure_upcycling(
     """Return the figures of experts that trained everything, whose rest is averaged, and their MLPs alone.
 
     Times include that until the output is on the disk. Both write as many bytes, so each round takes both and one copy,
-    and the ratios are those of medians. The first round, in which the kernel finds memory for the files, does not count.
+    and the ratios are those of medians. The first round, in which the kernel finds memory for the files, is left out.
     """
     specs = llama_specs(billions * 1e9, vocabulary)
     work.mkdir(parents=True, exist_ok=True)
