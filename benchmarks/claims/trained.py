@@ -36,6 +36,10 @@ _DOMAINS = (
     "text of the 8 domains, with one tokenizer. An expert takes as many steps as dense: its batch is dense's 32 "
     "sequences divided by the number of clusters"
 )
+_FEW_TOKENS = (
+    "With 32 clusters an expert has 47 thousand tokens to itself, one sequence in each step, at the learning rate that "
+    "is best for a batch of 32 sequences. The paper's experts have billions of tokens, however many they are."
+)
 _CONTINUED = (
     "a model of 1.1 million parameters, trained on 1.8 million tokens of law and mathematics, then on 0.5 million of "
     "medicine and, separately, of Python"
@@ -92,6 +96,7 @@ CLAIMS = (
         "The ensemble's gain over dense grows with the number of domains.",
         f"{_BTM}, section 6: 8 to 64 domains",
         number_of_domains.growing_gain,
+        _FEW_TOKENS,
         draw=number_of_domains.drawn,
     ),
     _of(
@@ -101,6 +106,7 @@ CLAIMS = (
         "The dense-equivalent compute of the ensemble grows with the number of domains.",
         f"{_BTM}, section 6: 2.5 times with 64 domains",
         number_of_domains.growing_equivalent,
+        _FEW_TOKENS,
     ),
     _of(
         "domains",
@@ -117,6 +123,8 @@ CLAIMS = (
         "The 4 of 32 experts with the largest prior lose almost nothing: at most 1% of mean perplexity.",
         f"c-BTM, arXiv 2303.14177; {_BTM}, section 6",
         number_of_domains.few_of_many,
+        "The text of a given domain is spread over several of the 32 clusters, and the prior of a domain cannot say "
+        "which of them a document is from; c-BTM chooses experts by the distance of each context to the clusters.",
     ),
     _of(
         "sizes",
