@@ -37,9 +37,9 @@ _DOMAINS = (
     "sequences divided by the number of clusters"
 )
 _FEW_TOKENS = (
-    "The gain grows up to 8 clusters, as many as the text has domains. With 16 and 32, an expert has 94 and 47 thousand "
-    "tokens to itself, and steps of two and one sequences at the learning rate that is best for 32. The paper's experts "
-    "have billions of tokens, however many they are."
+    "The gain grows up to 8 clusters, as many as the text has domains. With 16 and 32, an expert has 94 and 47 "
+    "thousand tokens to itself, and steps of two and one sequences at the learning rate that is best for 32. The "
+    "paper's experts have billions of tokens, however many they are."
 )
 _CONTINUED = (
     "a model of 1.1 million parameters, trained on 1.8 million tokens of law and mathematics, then on 0.5 million of "
