@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class ForestLM(TemplateLM):
             device=device,
         )
         self._batch = int(batch_size)
+        self._random_seeds = count()  # one per text: the harness repeats a request to get different samples
 
     @property
     def eot_token_id(self) -> int:
@@ -107,7 +109,11 @@ class ForestLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to a stop string, greedily unless `do_sample` or a temperature is set."""
+        """Continue each context up to a stop string, greedily unless `do_sample` or a temperature is set.
+
+        Every text has its own random seed: requests that repeat are sampled anew, and the same sequence of requests
+        gives the same texts.
+        """
         texts = []
         for context, arguments in tqdm([request.args for request in requests], disable=disable_tqdm):
             until = arguments.get("until") or []
@@ -117,6 +123,7 @@ class ForestLM(TemplateLM):
                 [self._last_part(context, max_tokens)],
                 max_tokens=max_tokens,
                 stop=[until] if isinstance(until, str) else until,
+                random_seed=next(self._random_seeds),
             )
             self.cache_hook.add_partial("generate_until", (context, arguments), generation.text)
             texts.append(generation.text)

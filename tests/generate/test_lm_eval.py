@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 
 from btm_scale.cli import lm_eval
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.generate.lm_eval import ForestLM
 from btm_scale.generate.loglikelihood import generator_of_method, score_windows
 from btm_scale.run_dir import RunDir
 
@@ -99,6 +101,20 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunCon
     (samples,) = (tmp_path / "out").rglob("samples_btm_writing_*.jsonl")
     for line in samples.read_text().splitlines():
         assert "\n" not in json.loads(line)["resps"][0][0]
+
+
+def test_repeats_are_different_samples_and_the_same_sequence_of_requests_repeats_them(
+    handmade: tuple[RunConfig, RunDir],
+) -> None:
+    def texts(**arguments: Any) -> list[str]:
+        model = ForestLM(str(handmade[1].root), device="cpu")
+        request = Instance("generate_until", {}, ("import", {"max_gen_toks": 8, **arguments}), 0)
+        return [text for _ in range(2) for text in model.generate_until([request] * 3, disable_tqdm=True)]
+
+    sampled = texts(do_sample=True, temperature=1.0)
+    assert len(set(sampled)) == 6
+    assert texts(do_sample=True, temperature=1.0) == sampled
+    assert len(set(texts())) == 1
 
 
 @pytest.mark.parametrize(
