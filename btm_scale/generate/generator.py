@@ -22,7 +22,7 @@ from btm_scale.generate.detokenizer import Transcript
 from btm_scale.generate.device_posterior import DevicePosterior
 from btm_scale.generate.model_cache import Shelf, shared_context
 from btm_scale.generate.request import Batch, Finished, Generation, Piece, check_settings
-from btm_scale.generate.sampling import Sampling, Step, decode, from_drawn_expert, from_mixture
+from btm_scale.generate.sampling import Sampling, Step, decode, from_drawn_expert, from_mixture, refuse_nan
 from btm_scale.generate.together import JointReading, Together
 from btm_scale.model.hf_decoder import usable_device
 from btm_scale.run_dir import RunDir
@@ -277,8 +277,12 @@ class Generator:
 
 
 def observe_prompts(running: RunningPosterior, scores: torch.Tensor, prompts: Sequence[Sequence[int]]) -> None:
-    """Update a posterior with the experts' scores of prompts, float32 [experts, prompts, longest - 1], left-padded."""
+    """Update a posterior with the experts' scores of prompts, float32 [experts, prompts, longest - 1], left-padded.
+
+    Raises `FloatingPointError` if a score is NaN.
+    """
     log_probs = scores.permute(1, 2, 0).double().cpu().numpy()
+    refuse_nan(log_probs)
     longest = log_probs.shape[1] + 1
     begins = np.array([longest - len(prompt) for prompt in prompts])
     running.observe_text(log_probs, np.arange(longest - 1) >= begins[:, None])

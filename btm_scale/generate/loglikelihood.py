@@ -17,7 +17,7 @@ from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import generation_tempering, log_prior_of, models_of
 from btm_scale.generate.generator import Generator
-from btm_scale.generate.sampling import token_log_probs
+from btm_scale.generate.sampling import refuse_nan, token_log_probs
 from btm_scale.kernels import mix_sample
 from btm_scale.run_dir import DENSE, MOE, SEED, RunDir
 
@@ -91,7 +91,7 @@ def score_continuations(generator: Generator, pairs: Sequence[tuple[Tokens, Toke
     """Return the log-probability in nats of each continuation, and whether greedy decoding would give it.
 
     `pairs` are (context, continuation). Contexts that do not fit are truncated from the left. Raises `UserError` for a
-    continuation that leaves no room for a context.
+    continuation that leaves no room for a context, and `FloatingPointError` if a log-probability is NaN.
     """
     contexts = [_fitting(generator, context, continuation) for context, continuation in pairs]
     lengths = np.array([len(continuation) for _, continuation in pairs])
@@ -124,6 +124,7 @@ def _mixed(
     """
     flat = logits.flatten(1, 2)
     log_probs = token_log_probs(flat, tokens.flatten()).cpu().numpy().reshape(*active.shape, len(logits))
+    refuse_nan(log_probs)
     weights, nats = np.empty_like(log_probs), np.zeros(len(active))
     for position in range(active.shape[1]):
         weights[:, position] = running.log_weights()
@@ -138,10 +139,12 @@ def _mixed(
 def score_windows(generator: Generator, windows: Sequence[tuple[Tokens, int]]) -> list[float]:
     """Return the log-probability in nats of the last tokens of each text.
 
-    `windows` are (text, number of tokens to score). All but a text's last token must fit the context.
+    `windows` are (text, number of tokens to score). All but a text's last token must fit the context. Raises
+    `FloatingPointError` if a log-probability is NaN.
     """
     texts = [text for text, _ in windows]
     stacked = generator.shelf.take_together(generator.names, "A mixture").score(texts).cpu().numpy()
+    refuse_nan(stacked)
     totals = []
     for row, (text, count) in enumerate(windows):
         mixed = mixture_log_probs(

@@ -10,7 +10,7 @@ import torch
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.generate.running_batch import Alternatives, alternatives_of
-from btm_scale.generate.sampling import token_log_probs
+from btm_scale.generate.sampling import refuse_nan, token_log_probs
 from btm_scale.generate.together import Together
 from btm_scale.kernels import mix_logits
 
@@ -24,7 +24,8 @@ def prompt_scores(
 ) -> list[Alternatives]:
     """Return the score of each token of a prompt but the first, under the mixture; updates `posterior` of one text.
 
-    With `top` 0 this reads and scores the prompt again; `scores_without_alternatives` takes scores that are known.
+    With `top` 0 this reads and scores the prompt again; `scores_without_alternatives` takes scores that are known. Like
+    the other functions here, it raises `FloatingPointError` if a score is NaN.
     """
     if top == 0:
         return scores_without_alternatives(together.score([prompt])[:, 0], prompt, posterior)
@@ -37,6 +38,7 @@ def prompt_scores(
         before = reading.logits
         logits = torch.cat([before, reading.extend(piece)[:, 0, :-1]], dim=1)
         log_probs = token_log_probs(logits, piece[0]).cpu().numpy()
+        refuse_nan(log_probs)
         weights = np.empty_like(log_probs)
         for position in range(len(log_probs)):
             weights[position] = posterior.log_weights()[0]
@@ -71,4 +73,5 @@ def weights_after(posterior: RunningPosterior, scores: torch.Tensor, prompt: Seq
 def _of_prompt(scores: torch.Tensor, prompt: Sequence[int]) -> np.ndarray:
     """Return float64 [experts, tokens of the prompt but the first], without padding."""
     log_probs: np.ndarray = scores.double().cpu().numpy()[:, scores.shape[1] - (len(prompt) - 1) :]
+    refuse_nan(log_probs)
     return log_probs

@@ -74,8 +74,8 @@ class RunningBatch:
             gains = torch.empty_like(weights)
             for sampling, random, texts in alike:
                 tokens[texts], gains[texts] = from_mixture(sampling)(logits[:, texts], weights[texts], random)
+        refuse_no_token(tokens.cpu().numpy())  # before a negative token is an index
         alternatives = self._alternatives(logits, weights, tokens)
-        refuse_no_token(tokens.cpu().numpy())
         if self._posterior.experts > 1:
             self._posterior.observe(gains)
         return tokens, alternatives

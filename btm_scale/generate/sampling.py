@@ -14,6 +14,8 @@ from btm_scale.generate.device_posterior import DevicePosterior
 from btm_scale.generate.together import JointReading
 from btm_scale.kernels import mix_logits, mix_sample
 
+_DIVERGED = "An expert's logits contain NaN or exclude every token. Check for a diverged expert."
+
 # (logits [experts, batch, vocabulary], log weights float64 [batch, experts]) -> tokens int64 [batch], and each expert's
 # log-probability of them in nats, float64 [batch, experts]
 Choice = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -83,7 +85,9 @@ def from_drawn_expert(logits: Tensor, log_weights: Tensor, generator: torch.Gene
     drawn = torch.multinomial(log_weights.softmax(1), 1, generator=generator).squeeze(1)
     expert_logits = logits[drawn, torch.arange(len(drawn), device=drawn.device)]
     tokens, _ = mix_sample(expert_logits.unsqueeze(0), torch.zeros_like(log_weights[:, :1]), generator=generator)
-    return tokens, token_log_probs(logits, tokens)
+    gains = token_log_probs(logits, tokens)
+    # An expert that was not drawn may have diverged, too: no weight can be computed from its NaN.
+    return tokens.masked_fill_(gains.isnan().any(1), -1), gains
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -170,4 +174,10 @@ class HostCopy:
 def refuse_no_token(tokens: np.ndarray) -> None:
     """Raise `FloatingPointError` for a negative token: an expert's logits contain NaN or exclude every token."""
     if (tokens < 0).any():
-        raise FloatingPointError("An expert's logits contain NaN or exclude every token. Check for a diverged expert.")
+        raise FloatingPointError(_DIVERGED)
+
+
+def refuse_nan(log_probs: np.ndarray) -> None:
+    """Raise `FloatingPointError` if a log-probability is NaN, as those of a diverged expert are."""
+    if np.isnan(log_probs).any():
+        raise FloatingPointError(_DIVERGED)

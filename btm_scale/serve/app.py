@@ -167,6 +167,10 @@ class Service:
         except ApiError as error:
             yield _event({"error": error.error})
             return
+        except ValueError:  # a chunk that JSON lacks numbers for
+            logger.exception("a stream failed")
+            yield _event({"error": internal().error})
+            return
         if usage:
             yield _event(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
@@ -279,7 +283,7 @@ async def _hang_up(request: Request) -> None:
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(chunk, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
 def _api_error(error: Exception) -> ApiError:

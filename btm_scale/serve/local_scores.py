@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btm_scale.generate.model_cache import Shelf
+from btm_scale.generate.sampling import refuse_nan
 from btm_scale.model.hf_decoder import usable_device
 
 
@@ -25,7 +26,12 @@ class LocalScores:
             self._shelf = Shelf(models, vocabulary=vocabulary, max_bytes=max_bytes, device=device)
 
     def score(self, name: str, prompt: Sequence[int]) -> float:
-        """Return the log-probability in nats of a prompt after its first token. May be called from any thread."""
+        """Return the log-probability in nats of a prompt after its first token. May be called from any thread.
+
+        Raises FloatingPointError if it is NaN.
+        """
         with self._lock:
             log_probs = self._shelf.take(name).score([prompt])
-        return float(log_probs.double().sum())
+        total = log_probs.double().sum().cpu().numpy()
+        refuse_nan(total)
+        return float(total)

@@ -189,7 +189,7 @@ class RemoteBackend:
             if self._local is not None and name in self._local.names:
                 return await self._models.run(self._local.score, name, prompt)
             return await engine.score(prompt)
-        except EngineDown as error:
+        except (EngineDown, FloatingPointError) as error:  # local weights may have diverged
             logger.warning("%s", error)
             engine.leave_out()
             return None

@@ -112,7 +112,8 @@ class RemoteEngine:
             raise self._client.down(error) from None
         if len(scores) != len(prompt) - 1:
             raise EngineDown(f"The engine of '{self._name}' scored different tokens. Serve the run's expert directory.")
-        if not all(score.log_prob <= 0 for score in scores):
+        values = (value for score in scores for value in (score.log_prob, *(other for _, other in score.most_likely)))
+        if not all(value <= 0 for value in values):
             raise EngineDown(
                 f"The engine of '{self._name}' returned log-probabilities that are positive or not numbers. Serve the "
                 "run's expert directory."

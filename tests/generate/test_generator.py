@@ -253,6 +253,16 @@ def test_truncated_weights_raise(experts: dict[str, Path], tmp_path: Path) -> No
         hf_decoder.Decoder.load(copy)
 
 
+@pytest.mark.parametrize("prompt", ["", "ab"])
+@pytest.mark.parametrize("method", ["expert", "per-token", "mixture"])
+def test_a_diverged_expert_is_refused_by_every_method(experts: dict[str, Path], method: str, prompt: str) -> None:
+    generator = Generator(experts, Letters(), method=method)
+    with torch.inference_mode():
+        generator.shelf.take("expert1").model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="Check for a diverged expert"):
+        generator.generate([prompt] * 8, max_tokens=3)
+
+
 def test_a_prompt_longer_than_the_context_is_rejected(experts: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=f"Prompt 2 has {POSITIONS + 1} tokens, .* at most {POSITIONS}"):
         Generator(experts, Letters()).generate(["a", "a" * POSITIONS])

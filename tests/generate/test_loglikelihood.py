@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_a_long_context_is_truncated_from_the_left_and_a_long_continuation_is_re
     )
     with pytest.raises(UserError, match="leaves no room"):
         score_continuations(generator, [([0], [1] * (POSITIONS + 1))])
+
+
+def test_log_likelihoods_of_a_diverged_expert_are_refused(experts: dict[str, Path]) -> None:
+    generator = Generator(experts, Letters(), method="mixture")
+    with torch.inference_mode():
+        generator.shelf.take("expert1").model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="Check for a diverged expert"):
+        score_continuations(generator, [([0], [1, 2])])
+    with pytest.raises(FloatingPointError, match="Check for a diverged expert"):
+        score_windows(generator, [([0, 1, 2], 2)])
 
 
 def test_methods_have_their_names_in_results_json(handmade: tuple[RunConfig, RunDir]) -> None:
