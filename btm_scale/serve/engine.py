@@ -1,6 +1,7 @@
 """The local backend: one thread holds the models and continues all texts together, step by step.
 
-Requests join between two steps. Texts under the same models share a batch, so that a forest of E experts takes at most
+Requests join between two steps, at most one batch of prompts at a time, so that reading prompts does not stop the
+running texts. Texts under the same models share a batch, so that a forest of E experts takes at most
 E forward passes per step, however many clients wait; the mixture of experts that are alike takes one.
 """
 
@@ -155,15 +156,23 @@ class Engine:
                     self._changed.wait()
                 if self._stopping and not self._queue and not self._groups:
                     return
-            while parts := self._next_parts():
-                for batch in self._reader.together(parts):
-                    self._guarded([part.job for part in batch], partial(self._begin, batch))
-                    self._flush()
-            for names in list(self._groups):
-                jobs = [row.owner.job for row in self._groups[names].rows]
-                if not self._guarded(jobs, partial(self._step, names)):
-                    self._groups.pop(names, None)
-                self._flush()
+            # One batch of prompts per step: requests that take no row, such as posteriors, may never stop to arrive.
+            self._prefill()
+            self._decode()
+
+    def _prefill(self) -> None:
+        """Read the next waiting prompts, at most `_PROMPT_TOKENS` tokens unless one prompt is longer."""
+        for batch in self._reader.together(self._next_parts()):
+            self._guarded([part.job for part in batch], partial(self._begin, batch))
+            self._flush()
+
+    def _decode(self) -> None:
+        """Add a token to every running text."""
+        for names in list(self._groups):
+            jobs = [row.owner.job for row in self._groups[names].rows]
+            if not self._guarded(jobs, partial(self._step, names)):
+                self._groups.pop(names, None)
+            self._flush()
 
     def _guarded(self, jobs: Sequence[Job], do: Callable[[], None]) -> bool:
         """Whether a step succeeded; otherwise its jobs fail, and the others continue."""

@@ -14,6 +14,7 @@ from helpers.served_forest import PRIOR
 from helpers.tiny_forest import Letters, Oracle
 
 from btm_scale.generate.sampling import Sampling
+from btm_scale.serve import engine as engine_module
 from btm_scale.serve.engine import Engine
 from btm_scale.serve.work import Busy, Delta, Event, Failed, Job, Routed
 
@@ -100,6 +101,26 @@ def test_experts_take_turns_in_memory_under_a_limit(experts: dict[str, Path]) ->
     wide, same = answer()
     assert texts == same
     assert (len(narrow.shelf.loaded), len(wide.shelf.loaded)) == (1, 2)
+
+
+def test_prompts_that_wait_do_not_stop_running_texts(experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_PROMPT_TOKENS", len(PROMPT))
+    names = tuple(experts)
+    engine = engine_of(experts)
+    order: list[str] = []
+
+    def recorded(phase: str, act: Any) -> Any:
+        return lambda work: (order.append(phase), act(work))
+
+    monkeypatch.setattr(engine, "_begin", recorded("begin", engine._begin))
+    monkeypatch.setattr(engine, "_step", recorded("step", engine._step))
+    text = Job(PROMPT, names, "mixture", max_tokens=6, sampling=Sampling(temperature=0))
+    posteriors = [Job(PROMPT, names, copies=0) for _ in range(10)]
+    echoes = [Job(PROMPT, names, "mixture", max_tokens=0, score_prompt=True, top=0) for _ in range(10)]
+    run = Run(engine, [text, *posteriors, *echoes])
+    steps = len(run.texts(text)[0])
+    assert steps > 3
+    assert order == ["begin", "step"] * steps + ["begin"] * (21 - steps)
 
 
 def test_a_full_queue_refuses_and_a_cancelled_job_ends(experts: dict[str, Path]) -> None:
