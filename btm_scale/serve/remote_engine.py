@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import aiohttp
+import numpy as np
 
 from btm_scale.generate.running_batch import Alternatives
 from btm_scale.serve.engine_answers import parse_object, read_events
@@ -213,7 +214,7 @@ class RemoteEngine:
             **({} if sampling.top_p is None else {"top_p": sampling.top_p}),
             **({} if sampling.top_k is None else {"top_k": sampling.top_k}),
             **stop,
-            **({} if job.seed is None else {"seed": (job.seed + copy) % (1 << 63)}),
+            **({} if job.seed is None else {"seed": _seed(job.seed, copy)}),
             **({} if job.top is None else {"logprobs": job.top}),
         }
 
@@ -238,6 +239,11 @@ class RemoteEngine:
             f"The engine of '{self._name}' returned no prompt_logprobs and echoes none, which the posterior needs. Use "
             "vLLM or SGLang, or set `score` to the expert's directory."
         )
+
+
+def _seed(seed: int, copy: int) -> int:
+    """Return the seed of a copy, of 63 bits; the copies of neighbouring seeds have none in common."""
+    return int(np.random.SeedSequence(seed, spawn_key=(copy,)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _prompt_logprobs(answer: dict[str, Any], prompt: Sequence[int], top: int) -> list[Alternatives]:

@@ -87,6 +87,18 @@ def test_the_drawn_expert_answers_and_streams(server: Served, engines: list[Fake
     assert single.model_extra["btm"]["posterior"] == {"expert1": 1.0}
 
 
+def test_every_choice_of_every_prompt_has_its_own_seed_which_repeats(server: Served, engines: list[FakeVllm]) -> None:
+    def seeds(seed: int) -> list[int]:
+        engines[0].requests.clear()
+        body = {"model": "expert0", "prompt": ["ab", "ab"], "n": 3, "seed": seed, "max_tokens": 6}
+        assert server.post("/v1/completions", body).status_code == 200
+        return sorted(request["seed"] for request in engines[0].requests)
+
+    assert seeds(5) == seeds(5)
+    assert len({*seeds(5), *seeds(6)}) == 12
+    assert all(0 <= seed < 1 << 63 for seed in seeds(-1))
+
+
 def test_what_engines_cannot_do_is_refused(server: Served) -> None:
     client = server.client()
     with pytest.raises(openai.BadRequestError, match="cannot be mixed"):
