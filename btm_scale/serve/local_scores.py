@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from btm_scale.generate.model_cache import Shelf
 from btm_scale.generate.sampling import refuse_nan
 from btm_scale.model.hf_decoder import usable_device
@@ -25,13 +27,12 @@ class LocalScores:
             device = usable_device(None)
             self._shelf = Shelf(models, vocabulary=vocabulary, max_bytes=max_bytes, device=device)
 
-    def score(self, name: str, prompt: Sequence[int]) -> float:
-        """Return the log-probability in nats of a prompt after its first token. May be called from any thread.
+    def score(self, name: str, prompt: Sequence[int]) -> np.ndarray:
+        """Return the log-probability in nats of each token of a prompt but the first, float64 [tokens - 1].
 
-        Raises FloatingPointError if it is NaN.
+        May be called from any thread. Raises FloatingPointError if one is NaN.
         """
         with self._lock:
-            log_probs = self._shelf.take(name).score([prompt])
-        total = log_probs.double().sum().cpu().numpy()
-        refuse_nan(total)
-        return float(total)
+            log_probs: np.ndarray = self._shelf.take(name).score([prompt])[0].double().cpu().numpy()
+        refuse_nan(log_probs)
+        return log_probs

@@ -14,9 +14,11 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import torch
 
 from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.generate.prompt_scores import weights_after
 from btm_scale.serve.engine_client import EngineDown, open_session
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.local_scores import LocalScores
@@ -172,20 +174,27 @@ class RemoteBackend:
         if callable(self._prior):  # embeds the text
             priors = await self._models.run(priors_of, self._prior, self._decode, [job.prompt])
         prior = np.atleast_2d(priors)[:, alive]
+        log_probs = np.array([scored[number] for number in alive])
         posterior = RunningPosterior(prior, 1)
-        posterior.observe(np.array([[scored[number] for number in alive]], dtype=np.float64))
+        posterior.observe(log_probs.sum(axis=1)[None])
         weights = np.exp(posterior.log_weights()[0]).tolist()
         left_out = tuple(name for number, name in enumerate(job.names) if number not in alive)
-        return Routed({job.names[number]: weight for number, weight in zip(alive, weights, strict=True)}, left_out)
+        trace = None
+        if job.trace:
+            before = RunningPosterior(prior, 1)
+            trace = await self._models.run(weights_after, before, torch.from_numpy(log_probs), job.prompt)
+        return Routed(
+            {job.names[number]: weight for number, weight in zip(alive, weights, strict=True)}, left_out, trace=trace
+        )
 
-    async def _scored(self, name: str, prompt: Sequence[int]) -> float | None:
-        """Return the log-probability of a prompt in nats, or None if the engine is down."""
+    async def _scored(self, name: str, prompt: Sequence[int]) -> np.ndarray | None:
+        """Return the log-probabilities in nats of a prompt's tokens but the first, or None if the engine is down."""
         engine = self._engines[name]
         if engine.is_down:
             return None
         try:
             if len(prompt) == 1:  # the start of the document alone
-                return 0.0
+                return np.zeros(0)
             if self._local is not None and name in self._local.names:
                 return await self._models.run(self._local.score, name, prompt)
             return await engine.score(prompt)

@@ -60,8 +60,8 @@ class RemoteEngine:
         self._failures += 1
         self._down_until = time.monotonic() + min(_DOWN_SECONDS * 2 ** (self._failures - 1), _MOST_DOWN_SECONDS)
 
-    async def score(self, prompt: Sequence[int]) -> float:
-        """Return the log-probability in nats of a prompt after its first token.
+    async def score(self, prompt: Sequence[int]) -> np.ndarray:
+        """Return the log-probability in nats of each token of a prompt but the first, float64 [tokens - 1].
 
         Raises EngineDown if the engine fails or returns no scores, Busy, and Refused for a prompt that is too long.
         """
@@ -69,7 +69,7 @@ class RemoteEngine:
             scores = await (self._first_asked(prompt) if self._echoes is None else self._asked(prompt, self._echoes))
         except _NoScores:
             raise EngineDown(self._no_scores()) from None
-        return math.fsum(score.log_prob for score in scores)
+        return np.array([score.log_prob for score in scores])
 
     async def _first_asked(self, prompt: Sequence[int]) -> list[Alternatives]:
         """Return the scores of a prompt, and remember how the engine gives them."""

@@ -63,6 +63,21 @@ def test_the_posterior_is_that_of_local_experts(server: Served, served: Served) 
         assert answers[0]["left_out"] == []
 
 
+def test_the_posterior_is_traced_as_that_of_local_experts(
+    server: Served, served: Served, engines: list[FakeVllm]
+) -> None:
+    for text in ("abcdab", "d", ""):
+        (found, expected) = (
+            one.post("/v1/posterior", {"input": text, "trace": True}).json()["trace"] for one in (server, served)
+        )
+        assert len(found) == len(text) + 1
+        for weights, others in zip(found, expected, strict=True):
+            assert weights == pytest.approx(others, rel=1e-4)
+    with remote([dataclasses.replace(engines[0], is_dead=True), engines[1]], PRIOR) as one:
+        answer = one.post("/v1/posterior", {"input": "ab", "trace": True}).json()
+    assert (answer["trace"], answer["left_out"]) == ([{"expert1": 1.0}] * 3, ["expert0"])
+
+
 def test_a_prompt_leaves_room_for_the_token_that_an_engine_generates_when_it_scores(server: Served) -> None:
     answer = server.post("/v1/posterior", {"input": "a" * (POSITIONS - 1)})
     assert answer.json()["error"]["code"] == "context_length_exceeded"
