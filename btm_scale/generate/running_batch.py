@@ -25,7 +25,7 @@ class Alternatives:
     """The log-probability of a token in nats, and the most likely tokens in its place with theirs."""
 
     log_prob: float
-    most_likely: tuple[tuple[int, float], ...] = ()
+    most_likely: tuple[tuple[int | str, float], ...] = ()  # ids, or texts from an engine that returns no ids
 
 
 @dataclass

@@ -149,7 +149,10 @@ class Answer(ABC):
             choice.last = token
 
     def _score(self, choice: Choice, token: int, score: Alternatives) -> None:
-        others = tuple((self._texts.of(other, choice.last), value) for other, value in score.most_likely)
+        others = tuple(
+            (other if isinstance(other, str) else self._texts.of(other, choice.last), value)
+            for other, value in score.most_likely
+        )
         self._append(choice, Score(self._texts.of(token, choice.last), score.log_prob, others))
 
     @staticmethod

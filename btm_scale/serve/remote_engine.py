@@ -66,17 +66,22 @@ class RemoteEngine:
         Raises EngineDown if the engine fails or returns no scores, Busy, and Refused for a prompt that is too long.
         """
         try:
-            scores = await (self._first_asked(prompt) if self._echoes is None else self._asked(prompt, self._echoes))
+            scores = await self._scores_of(prompt)
         except _NoScores:
-            raise EngineDown(self._no_scores()) from None
+            raise EngineDown(
+                f"The engine of '{self._name}' returned no prompt_logprobs and echoes none, which the posterior needs. "
+                "Use vLLM or SGLang, or set `score` to the expert's directory."
+            ) from None
         return np.array([score.log_prob for score in scores])
 
-    async def _first_asked(self, prompt: Sequence[int]) -> list[Alternatives]:
-        """Return the scores of a prompt, and remember how the engine gives them."""
+    async def _scores_of(self, prompt: Sequence[int], top: int = 0) -> list[Alternatives]:
+        """Return the scores of a prompt, and remember how the engine gives them. Raises _NoScores if it cannot."""
+        if self._echoes is not None:
+            return await self._asked(prompt, self._echoes, top)
         refusal: Refused | None = None
         for echoes in (False, True):
             try:
-                scores = await self._asked(prompt, echoes)
+                scores = await self._asked(prompt, echoes, top)
             except Refused as error:  # as engines do that do not know the parameter, or for a prompt that is too long
                 if refusal is not None:
                     raise
@@ -92,15 +97,17 @@ class RemoteEngine:
     async def prompt_scores(self, prompt: Sequence[int], top: int) -> list[Alternatives]:
         """Return the log-probability of each token of a prompt but the first, and `top` alternatives.
 
-        Raises EngineDown if the engine fails or has no `prompt_logprobs`, Busy and Refused.
+        Raises EngineDown if the engine fails, Busy, and Refused, also if the engine returns no scores of prompts.
         """
         try:
-            return await self._asked(prompt, echoes=False, top=top)
+            return await self._scores_of(prompt, top)
         except _NoScores:
-            raise EngineDown(self._no_scores()) from None
+            raise Refused(
+                f"The engine of '{self._name}' returns no log-probabilities of prompts. Leave echo or logprobs out."
+            ) from None
 
-    async def _asked(self, prompt: Sequence[int], echoes: bool, top: int = 0) -> list[Alternatives]:
-        wish = {"echo": True, "logprobs": 1} if echoes else {"prompt_logprobs": top}
+    async def _asked(self, prompt: Sequence[int], echoes: bool, top: int) -> list[Alternatives]:
+        wish = {"echo": True, "logprobs": max(1, top)} if echoes else {"prompt_logprobs": top}
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, **wish}
         read = _echoed if echoes else _prompt_logprobs
         try:
@@ -234,12 +241,6 @@ class RemoteEngine:
             scores.append(Score(str(text), log_prob, alternatives))
         return tuple(scores)
 
-    def _no_scores(self) -> str:
-        return (
-            f"The engine of '{self._name}' returned no prompt_logprobs and echoes none, which the posterior needs. Use "
-            "vLLM or SGLang, or set `score` to the expert's directory."
-        )
-
 
 def _seed(seed: int, copy: int) -> int:
     """Return the seed of a copy, of 63 bits; the copies of neighbouring seeds have none in common."""
@@ -260,8 +261,12 @@ def _prompt_logprobs(answer: dict[str, Any], prompt: Sequence[int], top: int) ->
 def _echoed(answer: dict[str, Any], prompt: Sequence[int], top: int) -> list[Alternatives]:
     """Return the scores in OpenAI's `logprobs` of an echoed prompt, after which the text may follow."""
     try:
-        values = answer["choices"][0]["logprobs"]["token_logprobs"]
-        return [Alternatives(_log_prob(value)) for value in values[1 : len(prompt)]]
+        found = answer["choices"][0]["logprobs"]
+        values = found["token_logprobs"][1 : len(prompt)]
+        if top == 0:
+            return [Alternatives(_log_prob(value)) for value in values]
+        others = found["top_logprobs"][1 : len(prompt)]
+        return [Alternatives(_log_prob(value), _largest(row, top)) for value, row in zip(values, others, strict=True)]
     except (LookupError, TypeError, ValueError, AttributeError):
         raise _NoScores from None
 

@@ -217,6 +217,28 @@ def test_an_engine_that_only_echoes_scores_is_asked_to(experts: dict[str, Path],
     assert ["echo" in request for request in engines[1].requests] == [False, True, True]
 
 
+@pytest.mark.parametrize("top", [0, 2])
+def test_a_prompt_is_echoed_with_the_scores_of_an_engine_that_echoes_it_or_refused(
+    experts: dict[str, Path], served: Served, top: int
+) -> None:
+    engines = [FakeVllm(path, name, has_prompt_logprobs=False) for name, path in experts.items()]
+    engines[1].echoes = False
+    body = {"model": "expert0", "prompt": "abca", "max_tokens": 0, "echo": True, "logprobs": top}
+    with remote(engines, PRIOR) as server:
+        for _ in range(2):  # how the engine scores is not known yet, and known
+            found, expected = (
+                one.post("/v1/completions", body).json()["choices"][0]["logprobs"] for one in (server, served)
+            )
+            for key in ("tokens", "text_offset"):
+                assert found[key] == expected[key]
+            assert found["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-4)
+            for row, same in zip(found["top_logprobs"] or (), expected["top_logprobs"] or (), strict=True):
+                assert row == pytest.approx(same, abs=1e-4)
+        refused = server.post("/v1/completions", {**body, "model": "expert1"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "engine_refused")
+    assert "returns no log-probabilities of prompts. Leave echo or logprobs out" in refused.text
+
+
 def test_an_engine_that_hangs_is_left_out_and_asked_again_later(
     experts: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
