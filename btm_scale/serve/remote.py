@@ -30,13 +30,12 @@ from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, 
 logger = logging.getLogger(__name__)
 
 _SCORE_SECONDS = 60.0
+_MOST_COPIES = 128
 _ATTEMPTS = 2  # of a request of which the client has seen nothing
 
 
 class RemoteBackend:
     """Answers jobs with engines elsewhere."""
-
-    max_copies = 128
 
     def __init__(
         self,
@@ -62,6 +61,7 @@ class RemoteBackend:
         self._places, self._decode, self._prior = dict(engines), decode, prior
         # An engine that scores a prompt also generates one token, which must fit into its context.
         self.context = context - 1
+        self.max_copies = min(_MOST_COPIES, max_waiting)
         self._engine_context, self._most, self._local = context, max_waiting, local
         self.is_ready = False
         self._running, self._seconds = 0, answer_seconds

@@ -114,6 +114,16 @@ def test_every_choice_of_every_prompt_has_its_own_seed_which_repeats(server: Ser
     assert all(0 <= seed < 1 << 63 for seed in seeds(-1))
 
 
+def test_a_request_for_more_texts_than_may_ever_run_is_refused_for_good(engines: list[FakeVllm]) -> None:
+    with remote(engines, PRIOR, max_waiting=4) as server:
+        body = {"model": "expert0", "prompt": "ab", "max_tokens": 1}
+        assert server.post("/v1/completions", {**body, "n": 4}).status_code == 200
+        for many in ({"n": 5}, {"prompt": ["ab"] * 5}):
+            answer = server.post("/v1/completions", {**body, **many})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_choices")
+            assert "at most 4 texts" in answer.text
+
+
 def test_what_engines_cannot_do_is_refused(server: Served) -> None:
     client = server.client()
     with pytest.raises(openai.BadRequestError, match="cannot be mixed"):
