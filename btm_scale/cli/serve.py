@@ -12,6 +12,7 @@ from btm_scale.cli.exit_codes import end
 from btm_scale.cli.generate import PRIORS
 from btm_scale.cli.options import RunFolder, device, flag, max_memory, one_of, opened, option
 from btm_scale.cli.verb import Answer, Json, silent, verb
+from btm_scale.errors import UserError
 
 METHODS = ("expert", "mixture")
 
@@ -42,16 +43,16 @@ def serve(
         ),
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         one_of(
             "--method",
             "method",
             METHODS,
             "What answers as the model 'forest' at temperature 1: one expert, drawn from the posterior of the prompt, "
-            "which samples the mixture exactly; or the mixture of all.",
+            "which samples the mixture exactly; or the mixture of all.  [default: expert]",
             section=_FOREST,
         ),
-    ] = "expert",
+    ] = None,
     prior: Annotated[
         str,
         one_of(
@@ -73,23 +74,24 @@ def serve(
         ),
     ] = None,
     batch: Annotated[
-        int, option("--batch", "N", "Texts that are continued at a time.", section=_RESOURCES, min=1)
-    ] = 32,
+        int | None,
+        option("--batch", "N", "Texts that are continued at a time.  [default: 32]", section=_RESOURCES, min=1),
+    ] = None,
     max_waiting: Annotated[
         int,
         option("--max-waiting", "N", "Texts that may wait; more get status 429.", section=_RESOURCES, min=1),
     ] = 256,
     max_memory: Annotated[str | None, max_memory(_RESOURCES)] = None,
     prefix_cache: Annotated[
-        str,
+        str | None,
         option(
             "--prefix-cache",
             "SIZE",
             "Keep the KV caches of recent prompts, within this and --max-memory: the next turn of a chat reads only "
-            "what is new. 0 keeps none.",
+            "what is new. 0 keeps none.  [default: 256MB]",
             section=_RESOURCES,
         ),
-    ] = "256MB",
+    ] = None,
     device: Annotated[str | None, device(_RESOURCES)] = None,
     as_json: Json = False,
 ) -> Answer:
@@ -107,6 +109,13 @@ def serve(
     from btm_scale.serve.hosts import is_loopback
     from btm_scale.serve.keys import Keys
 
+    here = {"--method": method, "--batch": batch, "--prefix-cache": prefix_cache, "--device": device}
+    given = [name for name, value in here.items() if value is not None]
+    if backend is not None and given:
+        raise UserError(
+            f"{' and '.join(given)} cannot be combined with --backend, whose engines generate the text. Leave out "
+            f"{' and '.join(given)}, and configure the engines."
+        )
     config, run_dir = opened(run)
     keys = Keys.load(api_key_file) if api_key_file else None
     listener = server.bind(host, port)
@@ -120,15 +129,11 @@ def serve(
     if backend is not None:
         planner, answering = server.remote_planner(config, run_dir, backend, **settings)
     else:
-        planner, answering = server.local_planner(
-            config,
-            run_dir,
-            method=method,  # type: ignore[arg-type]
-            device=device,
-            max_rows=batch,
-            prefix_bytes=0 if prefix_cache == "0" else bytes_from_text(prefix_cache),
-            **settings,
-        )
+        if prefix_cache is not None:
+            settings["prefix_bytes"] = 0 if prefix_cache == "0" else bytes_from_text(prefix_cache)
+        local = {"method": method, "max_rows": batch, "device": device}
+        settings |= {name: value for name, value in local.items() if value is not None}
+        planner, answering = server.local_planner(config, run_dir, **settings)
     server.serve(
         planner,
         answering,

@@ -62,6 +62,10 @@ def test_mistakes_are_reported_before_anything_is_served(finished_run: Finished,
     (tmp_path / "engines.yaml").write_text("pyton: http://host/v1\n")
     message = refusal("serve", run.root, "--port", "0", "--backend", tmp_path / "engines.yaml")
     assert "Unknown expert 'pyton'. Did you mean 'python'?" in message
+    local = ("--method", "mixture", "--batch", "4", "--prefix-cache", "0", "--device", "cpu")
+    for option in zip(local[::2], local[1::2], strict=True):
+        message = refusal("serve", run.root, "--port", "0", "--backend", tmp_path / "engines.yaml", *option)
+        assert f"{option[0]} cannot be combined with --backend" in message
 
 
 def test_a_mixture_that_does_not_fit_into_memory_is_refused(finished_run: Finished) -> None:
