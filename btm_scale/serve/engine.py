@@ -84,16 +84,18 @@ class Engine:
         self._deliver: Callable[[list[tuple[Job, Event]]], None] = lambda events: None
         self._thread: threading.Thread | None = None
 
-    def start(self, deliver: Callable[[list[tuple[Job, Event]]], None], preload: Sequence[str] = ()) -> None:
-        """Start the thread, which calls `deliver` with the events of each step; return when models are loaded.
+    def start(self, deliver: Callable[[list[tuple[Job, Event]]], None], preload: Sequence[str] = ()) -> Future[None]:
+        """Start the thread, which calls `deliver` with the events of each step.
 
-        Raises CheckpointError or ForestError if one of the models `preload` cannot be loaded.
+        The future is done when the models `preload` are loaded, and has the CheckpointError or ForestError if one
+        cannot be loaded. The thread does not keep the process from ending.
         """
         self._deliver = deliver
         loaded: Future[None] = Future()
+        loaded.set_running_or_notify_cancel()  # a caller that is cancelled cancels only its own wait
         self._thread = threading.Thread(target=self._main, args=(preload, loaded), name="engine", daemon=True)
         self._thread.start()
-        loaded.result()
+        return loaded
 
     def preload(self, names: Sequence[str]) -> None:
         """Load models, as many as fit into memory."""

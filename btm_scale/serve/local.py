@@ -24,7 +24,8 @@ class LocalBackend:
     async def start(self) -> None:
         """Load the models and start the engine. Raises CheckpointError or ForestError."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._engine.start, self._deliver, self._preload)
+        # Not in a thread of asyncio's, for which the loop would wait when a signal ends the server.
+        await asyncio.wrap_future(self._engine.start(self._deliver, self._preload))
         self.is_ready = True
 
     async def stop(self) -> None:

@@ -179,6 +179,30 @@ def test_health_is_503_while_models_are_loaded_and_a_damaged_one_ends_the_server
     assert [str(error) for error in failures] == ["The weights are damaged."]
 
 
+def test_a_signal_ends_the_server_while_models_are_loaded(experts: dict[str, Path]) -> None:
+    planner, backend = planner_of(experts)
+    loading, release = threading.Event(), threading.Event()
+
+    def preload(names: list[str]) -> None:
+        loading.set()
+        release.wait(60)
+
+    backend._engine.preload = preload
+    server, failures = make_server(planner, backend)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bind("127.0.0.1", 0)])))
+    thread.start()
+    try:
+        assert loading.wait(30)
+        server.should_exit = True  # as uvicorn does on SIGINT and SIGTERM
+        thread.join(30)
+        assert not thread.is_alive()
+        assert failures == []
+    finally:
+        release.set()
+        backend._engine.stop()
+        thread.join()
+
+
 def test_prompts_are_logged_only_on_request(experts: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     for log_requests in (False, True):
         caplog.clear()
