@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -40,6 +40,7 @@ class Choice:
     text: str = ""
     tokens: int = 0
     expert: str | None = None
+    generated_by: str | None = None  # the expert, or the mixture; None before the first token
     finished: str | None = None
     scores: list[Score] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # in characters, of each token in `scores`
@@ -70,24 +71,22 @@ class Answer(ABC):
         ]
         self._number = [number for number, job in enumerate(jobs) for _ in range(job.copies)]
 
-    def route(self, number: int, event: Routed) -> Iterator[dict[str, Any]]:
-        """Record the posterior of a job; yields chunks with its echoed prompt."""
+    def route(self, number: int, event: Routed) -> None:
+        """Record the posterior of a job, and its echoed prompt, which the first chunk of each choice has."""
         self._routed[number] = event
         if not self._echoed:
             return
         first = self._first[number]
         for choice in self.choices[first : first + self.choices[first].job.copies]:
-            before = len(choice.offsets)
             choice.text = self._echoed[number]
             self._score_prompt(choice, choice.text, event)
-            if self._streams:
-                yield self.chunk(choice, choice.text, before)
 
     def add(self, number: int, event: Delta) -> dict[str, Any] | None:
         """Record a token; return its chunk, or None if it has nothing to show yet, or nothing is streamed."""
-        choice = self.choices[self._first[number] + event.copy]
-        before = len(choice.offsets)
-        choice.expert = event.expert
+        choice = self._choice_of(number, event)
+        before = len(choice.offsets) if choice.begun else 0
+        shown = len(choice.text) if choice.begun else 0
+        choice.expert, choice.generated_by = event.expert, event.expert or "mixture"
         choice.tokens += 1 if event.token is not None else event.count
         if event.token is not None:
             if event.alternatives is not None:
@@ -97,10 +96,23 @@ class Answer(ABC):
             self._append(choice, score)
         choice.text += event.text
         choice.finished = event.finished
-        is_empty = not event.text and event.finished is None and len(choice.offsets) == before
+        is_empty = len(choice.text) == shown and event.finished is None and len(choice.offsets) == before
         if is_empty or not self._streams:
             return None
-        return self.chunk(choice, event.text, before)
+        return self.chunk(choice, choice.text[shown:], before)
+
+    def cost(self, number: int, event: Routed | Delta) -> int:
+        """Return about how many log-probabilities are formatted when an event is recorded."""
+        if isinstance(event, Routed):
+            job = self.choices[self._first[number]].job
+            return len(event.prompt_scores or ()) * _values(job) * job.copies
+        choice = self._choice_of(number, event)
+        return 0 if choice.begun or not self._streams else len(choice.scores) * _values(choice.job)
+
+    @property
+    def total_cost(self) -> int:
+        """About how many log-probabilities the complete answer has."""
+        return sum(len(choice.scores) * _values(choice.job) for choice in self.choices)
 
     def complete(self) -> dict[str, Any]:
         """Return the complete answer."""
@@ -134,6 +146,9 @@ class Answer(ABC):
             "posterior": routed.weights if routed else {},
         }
         return answer | ({"left_out": list(routed.left_out)} if routed and routed.left_out else {})
+
+    def _choice_of(self, number: int, event: Delta) -> Choice:
+        return self.choices[self._first[number] + event.copy]
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -229,6 +244,24 @@ class ChatAnswer(Answer):
             for score in choice.scores[before:]
         ]
         return {"content": content, "refusal": None}
+
+
+def posterior_answer(job: Job, found: Routed) -> dict[str, Any]:
+    """Return the answer of /v1/posterior."""
+    answer: dict[str, Any] = {
+        "object": "posterior",
+        "tokens": job.sent,
+        "posterior": found.weights,
+        "left_out": list(found.left_out),
+    }
+    if found.trace is not None:
+        answer["trace"] = [dict(zip(found.weights, weights, strict=True)) for weights in found.trace]
+    return answer
+
+
+def _values(job: Job) -> int:
+    """Return how many log-probabilities a token has."""
+    return 1 + (job.top or 0)
 
 
 def _finite(log_prob: float | None) -> float | None:

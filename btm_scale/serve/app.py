@@ -7,8 +7,9 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from btm_scale.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from btm_scale.serve.answers import Answer, ChatAnswer, CompletionAnswer, posterior_answer
 from btm_scale.serve.api_errors import ApiError, internal, overloaded, refused, unavailable
 from btm_scale.serve.gate import Gate, read_body
 from btm_scale.serve.keys import Keys
@@ -32,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[tuple[int, Event]]
 MOST_BODIES = MOST_CHATS = 64  # that wait for a thread
+_MOST_ANSWERS = 1 << 16  # more than any backend's queue, which limits them
 _INLINE_BYTES = 4096  # a body of this size is handled faster than a thread takes over
+_INLINE_SCORES = 256  # and so are this many log-probabilities
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -46,6 +49,7 @@ class Service:
         self._backend: Backend = planner.backend
         # Apart from one another, since rendering a chat may take seconds, however short it is.
         self._bodies, self._chats = Pool("body", 2, max_waiting=MOST_BODIES), Pool("chat", 2, max_waiting=MOST_CHATS)
+        self._answers = Pool("answer", 2, max_waiting=_MOST_ANSWERS)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -54,8 +58,7 @@ class Service:
         body = await self._computed(size, partial(parsed, CompletionRequest), content)
         self._require_ready()
         jobs = await self._computed(size, self._planner.completion, body)
-        decode = self._planner.tokenizer.decode
-        echoed = [text if isinstance(text, str) else decode(text) for text in body.prompts] if body.echo else ()
+        echoed = await self._computed(size, self._echoed, body) if body.echo else ()
         answer = CompletionAnswer(body.model, jobs, self._planner.tokenizer, echoed=echoed, stream=body.stream)
         return await self._answer(request, jobs, answer, body)
 
@@ -87,15 +90,8 @@ class Service:
             return self._hung_up()
         found = routed[1]
         assert isinstance(found, Routed)
-        answer: dict[str, Any] = {
-            "object": "posterior",
-            "tokens": job.sent,
-            "posterior": found.weights,
-            "left_out": list(found.left_out),
-        }
-        if found.trace is not None:
-            answer["trace"] = [dict(zip(found.weights, weights, strict=True)) for weights in found.trace]
-        return JSONResponse(answer)
+        count = len(found.trace or ()) * len(found.weights)
+        return await self._formatted(count, lambda: JSONResponse(posterior_answer(job, found)))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -126,21 +122,22 @@ class Service:
         events = self._events(jobs)
         ended = False
         try:
-            # Errors that come with the first event still have a status; after it, a stream has begun.
-            first = await _unless_hung_up(request, anext(events))
-            if first is None:
+            # Errors before the first token still have a status; after it, a stream has begun.
+            begun = await _unless_hung_up(request, _begun(events))
+            if begun is None:
                 return self._hung_up()
+            everything = _resumed(begun, events)
             if body.stream:
-                chunks = self._chunks(first, events, answer, begin, usage=body.stream_options.include_usage)
+                chunks = self._chunks(everything, answer, begin, usage=body.stream_options.include_usage)
                 ended = True
                 return _EventStream(chunks, events, self._hung_up, partial_done=lambda: self._done(answer))
-            if await _unless_hung_up(request, self._collect(first, events, answer, begin)) is None:
+            if await _unless_hung_up(request, self._collect(everything, answer, begin)) is None:
                 return self._hung_up()
         finally:
             if not ended:
                 await events.aclose()
         self._done(answer)
-        return JSONResponse(answer.complete())
+        return await self._formatted(answer.total_cost, lambda: JSONResponse(answer.complete()))
 
     async def _events(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield the events of jobs. Raises ApiError instead of a failure."""
@@ -153,17 +150,15 @@ class Service:
         except Busy as error:
             raise overloaded(error) from None
 
-    async def _collect(self, first: tuple[int, Event], events: Events, answer: Answer, begin: float) -> bool:
-        async for _ in self._received(first, events, answer, begin):
+    async def _collect(self, events: Events, answer: Answer, begin: float) -> bool:
+        async for _ in self._received(events, answer, begin):
             pass
         return True
 
-    async def _chunks(
-        self, first: tuple[int, Event], events: Events, answer: Answer, begin: float, *, usage: bool
-    ) -> AsyncIterator[bytes]:
+    async def _chunks(self, events: Events, answer: Answer, begin: float, *, usage: bool) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._received(first, events, answer, begin):
-                yield _event(chunk | {"usage": None} if usage else chunk)
+            async for chunk in self._received(events, answer, begin, {"usage": None} if usage else {}):
+                yield chunk
         except ApiError as error:
             yield _event({"error": error.error})
             return
@@ -176,40 +171,40 @@ class Service:
         yield b"data: [DONE]\n\n"
 
     async def _received(
-        self, first: tuple[int, Event], events: Events, answer: Answer, begin: float
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Record events, and yield their chunks."""
+        self, events: Events, answer: Answer, begin: float, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> AsyncIterator[bytes]:
+        """Record events, and yield their chunks, each with `more`."""
+
+        def chunk_of(number: int, event: Delta) -> bytes | None:
+            chunk = answer.add(number, event)
+            return None if chunk is None else _event({**chunk, **more})
+
         seen = False
-        number, event = first
-        while True:
+        async for number, event in events:
             if isinstance(event, Routed):
-                for chunk in answer.route(number, event):
-                    yield chunk
+                await self._formatted(answer.cost(number, event), answer.route, number, event)
             elif isinstance(event, Delta):
                 if not seen:
                     self._metrics.first_token.observe(time.perf_counter() - begin)
                     seen = True
-                one = answer.add(number, event)
-                if one is not None:
-                    yield one
-            try:
-                number, event = await anext(events)
-            except StopAsyncIteration:
-                return
+                chunk = await self._formatted(answer.cost(number, event), chunk_of, number, event)
+                if chunk is not None:
+                    yield chunk
 
     def _done(self, answer: Answer) -> None:
         usage = answer.usage()
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
         self._metrics.tokens.labels(answer.model).inc(usage["completion_tokens"])
-        for choice in answer.choices:
-            self._metrics.drawn.labels(choice.expert or "mixture").inc()
+        experts = [choice.generated_by for choice in answer.choices if choice.generated_by is not None]
+        for expert in experts:
+            self._metrics.drawn.labels(expert).inc()
         logger.info(
             "%s %s prompt_tokens=%d completion_tokens=%d experts=%s",
             answer.id,
             answer.model,
             usage["prompt_tokens"],
             usage["completion_tokens"],
-            ",".join(choice.expert or "mixture" for choice in answer.choices),
+            ",".join(experts),
         )
         if self._log_requests:
             for choice in answer.choices:
@@ -219,6 +214,14 @@ class Service:
     async def _computed(self, size: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
         """Return `function(argument)`, computed in a thread unless the request's body of `size` bytes is small."""
         return function(argument) if size <= _INLINE_BYTES else await self._bodies.run(function, argument)
+
+    async def _formatted(self, count: int, function: Callable[..., Result], *arguments: object) -> Result:
+        """Return `function(*arguments)`, computed in a thread unless it formats few log-probabilities."""
+        return function(*arguments) if count <= _INLINE_SCORES else await self._answers.run(function, *arguments)
+
+    def _echoed(self, body: CompletionRequest) -> list[str]:
+        decode = self._planner.tokenizer.decode
+        return [text if isinstance(text, str) else decode(text) for text in body.prompts]
 
     def _hung_up(self) -> Response:
         self._metrics.hang_ups.inc()
@@ -280,6 +283,24 @@ async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:
 async def _hang_up(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _begun(events: Events) -> list[tuple[int, Event]]:
+    """Return the events up to the first token."""
+    begun = []
+    async for one in events:
+        begun.append(one)
+        if isinstance(one[1], Delta):
+            break
+    return begun
+
+
+async def _resumed(begun: Sequence[tuple[int, Event]], events: Events) -> Events:
+    """Yield the events that were received already, and those that follow."""
+    for one in begun:
+        yield one
+    async for one in events:
+        yield one
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

@@ -168,6 +168,27 @@ def test_a_prompt_whose_tokens_have_no_alternatives_is_read_once(
     assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"logprobs": 0}, {"echo": True}, {"model": "expert1", "echo": True, "logprobs": 0}], ids=str
+)
+def test_the_first_chunk_of_a_stream_names_the_expert_and_has_the_echoed_prompt(
+    client: openai.OpenAI, asked: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {"model": "forest", "prompt": ["ab", "d"], "max_tokens": 4, "n": 2, "seed": 3, **asked}
+    whole = client.completions.create(**settings)
+    chunks: list[list[Any]] = [[] for _ in whole.choices]
+    for chunk in client.completions.create(**settings, stream=True):
+        chunks[chunk.choices[0].index].append(chunk)
+    for choice, own in zip(whole.choices, chunks, strict=True):
+        expert = choice.model_extra["btm"]["expert"]
+        assert expert is not None
+        assert [one.model_extra["btm"]["expert"] for one in (own[0], own[-1])] == [expert, expert]
+        assert "".join(one.choices[0].text for one in own) == choice.text
+        for name in ("tokens", "text_offset") if choice.logprobs is not None else ():
+            found = [value for one in own for value in getattr(one.choices[0].logprobs, name)]
+            assert found == getattr(choice.logprobs, name)
+
+
 def test_the_first_token_given_has_no_log_probability_if_it_starts_the_document(client: openai.OpenAI) -> None:
     answer = client.completions.create(prompt=[0, 1, 2], max_tokens=0, echo=True, logprobs=1, **GREEDY)
     assert answer.choices[0].logprobs is not None

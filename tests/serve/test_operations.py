@@ -230,6 +230,28 @@ def test_metrics_count_requests_tokens_and_texts(experts: dict[str, Path]) -> No
     assert own == []
 
 
+def test_metrics_count_no_expert_for_a_text_without_a_token(experts: dict[str, Path]) -> None:
+    planner, backend = planner_of(experts)
+    begun, gate = threading.Event(), threading.Event()
+
+    def held(names: tuple[str, ...], step: Any = backend._engine._step) -> None:
+        begun.set()
+        gate.wait(10)
+        step(names)
+
+    backend._engine._step = held
+    with running(planner, backend) as server:
+        body = {**ASK, "echo": True, "stream": True, "logprobs": 0, "n": 4}
+        with ThreadPoolExecutor(1) as pool:
+            left = pool.submit(send_raw, server.url, request_bytes(body), wait=0.3)
+            assert begun.wait(20)
+            left.result()
+        gate.set()
+        assert server.idle()
+        lines = httpx2.get(f"{server.url}/metrics").text.splitlines()
+    assert [line for line in lines if line.startswith("btm_scale_texts_total{")] == []
+
+
 def test_an_address_that_is_taken_is_reported() -> None:
     listener = bind("127.0.0.1", 0)
     listener.listen()

@@ -1,4 +1,4 @@
-"""Slow chats wait for one another, and nothing else waits for them."""
+"""Slow chats and long answers are worked on beside the event loop, and nothing else waits for them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from helpers.served_forest import planner_of, running
 
-from btm_scale.serve import app
+from btm_scale.serve import answers, app
 from btm_scale.serve.pools import Pool
 from btm_scale.serve.work import Busy
 
@@ -80,3 +81,37 @@ def test_chats_that_are_slow_to_render_hold_up_no_text_and_a_full_queue_is_a_429
         statuses = [chat.result().status_code for chat in chats]
         assert sorted(statuses) == [200] * 12 + [429] * 8
         assert server.idle()
+
+
+ECHO = {"model": "forest", "prompt": "abcdabcd", "max_tokens": 1, "echo": True, "logprobs": 20}
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "path", "body"),
+    [
+        (answers.Answer, "route", "/v1/completions", ECHO),
+        (answers.Answer, "complete", "/v1/completions", ECHO),
+        (answers.Answer, "chunk", "/v1/completions", {**ECHO, "stream": True}),
+        (app, "posterior_answer", "/v1/posterior", {"input": "abcdabcd", "trace": True}),
+    ],
+    ids=["prompt", "answer", "stream", "posterior"],
+)
+def test_log_probabilities_of_a_long_prompt_are_formatted_while_others_are_answered(
+    experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, where: Any, step: str, path: str, body: Any
+) -> None:
+    format, begun, gate = getattr(where, step), threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        begun.set()
+        gate.wait(10)
+        return format(*arguments)
+
+    monkeypatch.setattr(where, step, slowly)
+    monkeypatch.setattr(app, "_INLINE_SCORES", 10, raising=False)
+    with running(*planner_of(experts)) as server, ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(server.post, path, body)
+        assert begun.wait(20)
+        assert httpx2.get(f"{server.url}/health", timeout=5).status_code == 200
+        assert not answer.done()
+        gate.set()
+        assert answer.result().status_code == 200
