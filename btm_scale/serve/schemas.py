@@ -12,6 +12,7 @@ from btm_scale.serve.api_errors import ApiError
 from btm_scale.util.bounded_json import parse_json
 
 MAX_ALTERNATIVES = 20
+_MOST_TEXTS = 1 << 20  # above any server's limit; more may have too many digits to be printed
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 # Parameters without influence on the text.
@@ -101,7 +102,7 @@ class _Generation(_Body):
     """What both kinds of completions have in common."""
 
     model: str = Field(max_length=500)
-    n: int = Field(default=1, ge=1)
+    n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, description="0 and -1 keep all tokens, as in vLLM")

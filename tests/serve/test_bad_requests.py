@@ -20,7 +20,7 @@ HUGE = 10**30
 NOT_NUMBERS = ["1", [1], {}, True]
 NEITHER: dict[str, list[Any]] = {
     "model": [1, ["forest"], "a" * 400, "a" * 5000],
-    "n": [0, -1, HUGE, 1.5, *NOT_NUMBERS],
+    "n": [0, -1, HUGE, 10**4299, 1.5, *NOT_NUMBERS],
     "temperature": [-0.1, float("nan"), float("inf"), *NOT_NUMBERS],
     "top_p": [0, -1, 1.1, float("nan"), *NOT_NUMBERS],
     "top_k": [-2, 1.5, *NOT_NUMBERS],
@@ -99,6 +99,11 @@ def test_every_bad_value_is_refused_and_its_parameter_is_named(
         (COMPLETIONS, {"prompt": ["a", 1]}, "Invalid value for 'prompt.1': Input should be a valid string."),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages.0.content.0.text'"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs needs logprobs: true."),
+        (
+            COMPLETIONS,
+            {"n": 10**4299, "prompt": ["a", "b"]},
+            "Invalid value for 'n': Input should be less than or equal",
+        ),
         (POSTERIOR, {"input": None}, "Send either 'input' or 'messages'."),
     ],
 )
