@@ -121,7 +121,7 @@ def _chat_template(run: RunDir) -> ChatTemplate | None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound, and listens once the server starts: until then, clients are refused.
+    """Return a socket that listens; clients that connect before the server starts wait for it.
 
     Raises LaunchError if the address cannot be used.
     """
@@ -131,11 +131,13 @@ def bind(host: str, port: int) -> socket.socket:
         # With the protocol, because asyncio sets TCP_NODELAY only on sockets that name it. Without, the body of an
         # answer, or the next token, may wait 40 milliseconds until the client acknowledges what was sent before.
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise LaunchError(f"Cannot listen on {host}: {error.strerror or error}. Correct --host.") from None
+    except (OSError, UnicodeError) as error:
+        reason = "it is not a host name" if isinstance(error, UnicodeError) else error.strerror or error
+        raise LaunchError(f"Cannot listen on {host}: {reason}. Correct --host.") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen()  # two processes may bind one port, and only one of them may listen
     except OSError as error:
         listener.close()
         raise LaunchError(

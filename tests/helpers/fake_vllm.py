@@ -174,7 +174,6 @@ class FakeVllm:
     def running(self) -> Iterator[FakeVllm]:
         """Serve on a free port."""
         listener = bind("127.0.0.1", 0)
-        listener.listen()
         self.url = f"{url_of(listener)}/v1"
         app = Starlette(routes=[Route("/v1/completions", self.completions, methods=["POST"])])
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))

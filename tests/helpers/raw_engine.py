@@ -37,7 +37,6 @@ def raw_engine(answer: bytes, stream: bytes | Sequence[bytes]) -> Iterator[str]:
         return StreamingResponse(_pieces([stream] if isinstance(stream, bytes) else stream))
 
     listener = bind("127.0.0.1", 0)
-    listener.listen()
     app = Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

@@ -67,7 +67,6 @@ def planner_of(models: Mapping[str, Path], *, log_prior: np.ndarray = PRIOR, **s
 def running(planner: Planner, backend: Any, **settings: Any) -> Iterator[Served]:
     """Run a server for a while; `settings` are of the app."""
     listener = bind("127.0.0.1", 0)
-    listener.listen()
     server, failures = make_server(planner, backend, **settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     url = url_of(listener)

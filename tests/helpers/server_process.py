@@ -71,7 +71,6 @@ def _serve(folder: Path) -> None:
     experts = write_experts(folder)
     planner, backend = planner_of({**experts, "seed": experts["expert0"]}, max_rows=16, max_waiting=40)
     listener = bind("127.0.0.1", 0)
-    listener.listen()
     server, failures = make_server(planner, backend)
     print(url_of(listener), flush=True)
     asyncio.run(server.serve(sockets=[listener]))

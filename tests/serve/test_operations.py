@@ -141,7 +141,6 @@ def test_what_runs_is_completed_when_the_server_ends(experts: dict[str, Path]) -
 
     backend._engine._step = slowly
     listener = bind("127.0.0.1", 0)
-    listener.listen()
     url = url_of(listener)
     server, _ = make_server(planner, backend)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
@@ -164,7 +163,6 @@ def test_health_is_503_while_models_are_loaded_and_a_damaged_one_ends_the_server
     planner, backend = planner_of(experts)
     seen: list[int] = []
     listener = bind("127.0.0.1", 0)
-    listener.listen()
     url = url_of(listener)
     server, failures = make_server(planner, backend)
 
@@ -254,12 +252,17 @@ def test_metrics_count_no_expert_for_a_text_without_a_token(experts: dict[str, P
 
 def test_an_address_that_is_taken_is_reported() -> None:
     listener = bind("127.0.0.1", 0)
-    listener.listen()
     port = listener.getsockname()[1]
     with pytest.raises(LaunchError, match=rf"Cannot listen on 127\.0\.0\.1:{port}: .*in use"):
         bind("127.0.0.1", port)
     listener.close()
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0")] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "no such host"])
+def test_an_invalid_host_is_reported(host: str) -> None:
+    with pytest.raises(LaunchError, match=rf"Cannot listen on {host}: .*\. Correct --host"):
+        bind(host, 0)
 
 
 def test_small_answers_are_not_held_back_until_the_client_acknowledges_earlier_ones(experts: dict[str, Path]) -> None:
