@@ -38,10 +38,15 @@ def proxy_of(url: str) -> str | None:
     return proxy if separator else f"http://{proxy}"
 
 
+def is_header_text(key: str) -> bool:
+    """Whether an HTTP header may have this key: clients encode other characters in different ways, or refuse them."""
+    return key.isascii() and key.isprintable()
+
+
 def authorization(key: str, source: str) -> dict[str, str]:
     """Return the header of an API key. Raises ConfigError, which names the key's source, if no header can have it."""
     if not (key := key.strip()):
         raise ConfigError(f"{source} is not set. Set it to the API key.")
-    if not (key.isascii() and key.isprintable()):
+    if not is_header_text(key):
         raise ConfigError(f"{source} has characters that no HTTP header may have. Set it to the API key.")
     return {"Authorization": f"Bearer {key}"}

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from btm_scale.errors import UserError
+from btm_scale.serve.hosts import is_header_text
 from btm_scale.util.bounded_json import read_bounded
 
 logger = logging.getLogger(__name__)
@@ -24,12 +25,12 @@ class Keys:
 
     @classmethod
     def load(cls, path: Path) -> Keys:
-        """Read keys, one per line; lines that begin with # are comments. Raises UserError if there is none.
+        """Read keys, one per line; lines that begin with # are comments.
 
-        A file that other users may read is reported.
+        A file that other users may read is reported. Raises UserError if there is no key, or one that no header has.
         """
         try:
-            lines = read_bounded(path, _MOST_BYTES).decode("utf-8").splitlines()
+            content = read_bounded(path, _MOST_BYTES).decode("utf-8-sig")  # editors on Windows write a mark first
             others = path.stat().st_mode & 0o077
         except UnicodeDecodeError:  # whose text would repeat a part of the file
             raise UserError(
@@ -39,12 +40,19 @@ class Keys:
             raise UserError(
                 f"Cannot read API keys from {path}: {error}. Give a text file with one key per line."
             ) from None
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        lines = {number: line.strip() for number, line in enumerate(content.split("\n"), 1)}
+        keys = {number: line for number, line in lines.items() if line and not line.startswith("#")}
+        for number, key in keys.items():
+            if not is_header_text(key):
+                raise UserError(
+                    f"The API key in line {number} of {path} has characters that no HTTP header may have. Use letters, "
+                    "digits and punctuation of ASCII."
+                )
         if not keys:
             raise UserError(f"{path} has no API key. Write at least one, one per line.")
         if others:
             logger.warning("Other users may read the API keys in %s. Restrict it: chmod 600", path)
-        return cls(keys)
+        return cls(list(keys.values()))
 
     def accept(self, header: str | None) -> bool:
         """Whether the value of an Authorization header is `Bearer` and one of the keys."""

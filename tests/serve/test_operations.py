@@ -98,6 +98,21 @@ def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
         Keys.load(tmp_path / "absent")
 
 
+def test_comments_may_be_indented_and_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst-key\r\n  # of the team\n\t second key \n")
+    keys = Keys.load(file)
+    assert [keys.accept(f"Bearer {key}") for key in ("first-key", "second key", "# of the team")] == [True, True, False]
+
+
+@pytest.mark.parametrize("key", ["geh\u00e9im", "a\u2028b", "a\x07b", "\u5317"])
+def test_a_key_that_no_header_can_have_is_refused_without_repeating_it(key: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"fine\n{key}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"The API key in line 2 of .* has characters that no HTTP header") as refused:
+        Keys.load(tmp_path / "keys")
+    assert key not in str(refused.value)
+
+
 def test_a_full_queue_answers_429_with_retry_after(experts: dict[str, Path]) -> None:
     planner, backend = planner_of(experts, max_rows=2, max_waiting=2)
     with running(planner, backend) as server, ThreadPoolExecutor(24) as pool:
