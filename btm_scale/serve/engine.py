@@ -116,6 +116,7 @@ class Engine:
         assert all(job.copies <= self.max_rows for job in jobs)
         parts = [Part(job, job.names, tuple(range(job.copies)), self._randoms(job)) for job in jobs]
         with self._changed:
+            self._drop_cancelled()  # or clients that leave would fill the queue while its head waits for room
             waiting = self._waiting()
             if waiting and waiting + sum(max(1, job.copies) for job in jobs) > self.max_waiting:
                 raise Busy
@@ -129,6 +130,10 @@ class Engine:
 
     def _waiting(self) -> int:
         return sum(max(1, len(part.copies)) for part in self._queue if not part.job.cancelled)
+
+    def _drop_cancelled(self) -> None:
+        if any(part.job.cancelled for part in self._queue):
+            self._queue = deque(part for part in self._queue if not part.job.cancelled)
 
     def _running(self) -> int:
         return sum(len(group.rows) for group in list(self._groups.values()))
@@ -206,8 +211,7 @@ class Engine:
     def _next_parts(self) -> list[Part]:
         """Return waiting parts of one kind for which there is room, in their order."""
         with self._changed:
-            while self._queue and self._queue[0].job.cancelled:
-                self._queue.popleft()
+            self._drop_cancelled()
             if not self._queue or not self._may_begin(self._queue[0].names):
                 return []
             parts: list[Part] = []
@@ -221,7 +225,7 @@ class Engine:
                     break
                 parts.append(self._queue.popleft())
                 room -= len(part.copies)
-            return [part for part in parts if not part.job.cancelled]
+            return parts
 
     def _may_begin(self, names: Sequence[str]) -> bool:
         """Whether these models may be loaded now: the running ones must stay."""

@@ -146,6 +146,19 @@ def test_a_full_queue_refuses_and_a_cancelled_job_ends(experts: dict[str, Path])
     assert set(seen) == {kept}
 
 
+def test_clients_that_leave_do_not_fill_the_queue(experts: dict[str, Path]) -> None:
+    engine = engine_of(experts, max_rows=1, max_waiting=2)
+    engine.submit([Job(PROMPT, tuple(experts))])
+    for _ in range(20):
+        left = Job(PROMPT, tuple(experts))
+        engine.submit([left])
+        left.cancelled = True
+    assert len(engine._queue) <= 2
+    engine.submit([Job(PROMPT, tuple(experts))])
+    with pytest.raises(Busy):
+        engine.submit([Job(PROMPT, tuple(experts))])
+
+
 def test_a_diverged_expert_fails_its_own_texts_only(experts: dict[str, Path]) -> None:
     engine = engine_of(experts)
     engine.preload(list(experts))
