@@ -134,6 +134,11 @@ class JointReading:
                 return JointReading(Together([decoder]), [alone])
         raise IndexError(f"there is no model {number} of {self.models}")
 
+    @property
+    def prefix_bytes(self) -> int:
+        """The memory that the `prefixes` of one sequence take."""
+        return sum(reading.prefix_bytes for reading in self._readings)
+
     def prefixes(self, row: int, tokens: int) -> list[Prefix] | None:
         """Return what each model computed for a sequence of `tokens`, or None if one cannot resume from that."""
         found: dict[int, Prefix] = {}

@@ -53,6 +53,11 @@ def bytes_of(cache: Any) -> int:
     return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))
 
 
+def bytes_of_row(cache: Any) -> int:
+    """Return the memory that a copy of one row takes."""
+    return sum(states[0].nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+
+
 def _fill(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
     """Set a layer's keys and values [batch, heads, positions, size]. A sliding window has fewer than `columns`."""
     layer.lazy_initialization(keys, values)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from btm_scale.model.decode_graph import DecodeStep
 from btm_scale.model.kv_buffers import empty_cache
-from btm_scale.model.kv_rows import bytes_of, has_all_positions, joined_rows, leading_positions, selected_rows
+from btm_scale.model.kv_rows import (
+    bytes_of,
+    bytes_of_row,
+    has_all_positions,
+    joined_rows,
+    leading_positions,
+    selected_rows,
+)
 
 if TYPE_CHECKING:
     from btm_scale.model.hf_decoder import Decoder
@@ -115,6 +122,11 @@ class Reading:
                 scores = scores[index : index + 1, scores.shape[1] - (tokens - 1) :].clone()
             found.append(Prefix(cache, scores))
         return found
+
+    @property
+    def prefix_bytes(self) -> int:
+        """The memory that the `prefixes` of one sequence take; 0 without a KV cache."""
+        return 0 if self._cache is None else bytes_of_row(self._cache) * self._decoder.models
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> None:

@@ -59,16 +59,21 @@ class PrefixCache:
         return CachedPrefix(tokens, {name: entry.models[name] for name in names})
 
     def keep(self, prompt: Sequence[int], models: Mapping[str, Prefix], max_bytes: float) -> None:
-        """Add a prompt, replace those that it continues, and drop the least recently used beyond `max_bytes`."""
+        """Add a prompt, replace those that it continues, and drop the least recently used beyond `max_bytes`.
+
+        A prompt that is not accepted changes nothing, since it would take the place of all others and not stay itself.
+        """
         ids = np.asarray(prompt, dtype=np.int64)
         entry = _Entry(ids, dict(models), sum(prefix.nbytes for prefix in models.values()))
-        others = [other for other in self._entries if not _continues(entry, other)]
-        self._entries = [*others, entry]
-        self.shrink(max_bytes)
+        if self.accepts(len(prompt), entry.nbytes, max_bytes):
+            others = [other for other in self._entries if not _continues(entry, other)]
+            self._entries = [*others, entry]
+            self.shrink(max_bytes)
 
-    def accepts(self, tokens: int) -> bool:
-        """Whether a prompt of this many tokens is kept."""
-        return tokens >= self._least and self._max_bytes > 0
+    def accepts(self, tokens: int, nbytes: int, max_bytes: float) -> bool:
+        """Whether a prompt of this many tokens, whose KV caches take `nbytes` of at most `max_bytes`, is kept."""
+        limit = min(max_bytes, self._max_bytes)
+        return tokens >= self._least and nbytes <= limit and limit > 0
 
     def shrink(self, max_bytes: float) -> None:
         """Drop the least recently used prompts until the others take at most `max_bytes`, or the limit of the cache."""

@@ -101,7 +101,7 @@ class PromptReader:
     def _remember(self, names: Sequence[str], prompts: Sequence[Sequence[int]], reading: JointReading) -> None:
         room = self._shelf.spare(())
         for row, prompt in enumerate(prompts):
-            if room > 0 and self._prefixes.accepts(len(prompt)):
+            if self._prefixes.accepts(len(prompt), reading.prefix_bytes, room):
                 prefixes = reading.prefixes(row, len(prompt))
                 if prefixes is not None:
                     self._prefixes.keep(prompt, dict(zip(names, prefixes, strict=True)), room)

@@ -12,6 +12,7 @@ from helpers.served_forest import PRIOR
 from helpers.tiny_forest import Letters, write_experts
 
 from btm_scale.generate.sampling import Sampling
+from btm_scale.generate.together import JointReading
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.serve.engine import Engine
 from btm_scale.serve.prefixes import PrefixCache
@@ -123,6 +124,28 @@ def test_the_least_recently_used_prompts_are_dropped_beyond_the_limit(experts: d
     assert cache.nbytes == 3 * size
     cache.shrink(1.5 * size)
     assert cache.nbytes == size
+
+
+def test_a_prompt_larger_than_the_cache_takes_no_place_and_is_not_copied(
+    experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 2 * 2 * 8 * 4 * len(experts)  # bytes per token: keys and values, layers, head size, float32, models
+    cache = PrefixCache(10 * size, least_tokens=4)
+    talk = Conversation(experts, cache)
+    copied: list[int] = []
+    prefixes = JointReading.prefixes
+
+    def spy(self: JointReading, row: int, tokens: int) -> Any:
+        copied.append(tokens)
+        return prefixes(self, row, tokens)
+
+    monkeypatch.setattr(JointReading, "prefixes", spy)
+    small = [0, 1, 2, 3, 4]
+    for prompt in (small, [0, 4, 3, 2, 1], [0, *[2] * 10]):
+        talk.answer(Job(prompt, tuple(experts), max_tokens=1))
+    assert copied == [5, 5]
+    assert cache.find(["expert0"], small) is not None
+    assert cache.nbytes == 10 * size
 
 
 def test_weights_take_precedence_over_known_prompts_under_a_memory_limit(experts: dict[str, Path]) -> None:
