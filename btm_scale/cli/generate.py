@@ -184,11 +184,14 @@ def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
     prompts = list(given)
     if file is not None:
         try:
-            prompts += file.read_text(encoding="utf-8").splitlines()
+            text = file.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"Cannot read prompts from {file}: {error}. Give a UTF-8 text file with one prompt per line."
             ) from None
+        # Not splitlines, which also splits at characters that a prompt may have, such as a form feed.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        prompts += [line.removesuffix("\r") for line in lines]
     if not prompts:
         raise UserError("There is no prompt to continue. Give --prompt TEXT, --prompts FILE or --chat FILE.")
     for prompt in prompts:

@@ -90,3 +90,12 @@ def test_a_prompt_that_is_not_utf8_is_rejected() -> None:
     assert prompts_of(["naïve 北京 🎉"], None) == ["naïve 北京 🎉"]
     with pytest.raises(UserError, match=r"the prompt 'a\\udcff' is not UTF-8"):
         prompts_of(["a\udcff"], None)
+
+
+def test_a_file_has_one_prompt_per_line_whatever_characters_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\fb\x0b\r\nc\x85d\n\ne\u2028f\rg\n".encode())
+    assert prompts_of(["first"], file) == ["first", "a\fb\x0b", "c\x85d", "", "e\u2028f\rg"]
+    for content, prompts in ((b"", ["first"]), (b"\n", ["first", ""])):
+        file.write_bytes(content)
+        assert prompts_of(["first"], file) == prompts
