@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -161,3 +163,14 @@ def test_other_methods_and_paths_are_refused_in_the_same_form(client: httpx2.Cli
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert len(error["message"]) < 1000, path[:50]
+
+
+def test_the_docs_list_every_code_of_an_error() -> None:
+    root = Path(__file__).parents[2]
+    lines = [line for file in (root / "btm_scale" / "serve").glob("*.py") for line in file.read_text().splitlines()]
+    codes = {
+        code for line in lines if "code=" in line for code in re.findall(r'"([a-z_]+)"', line.partition("code=")[2])
+    }
+    assert {"internal", "invalid_value", "missing_required_parameter"} <= codes
+    page = (root / "docs" / "serving.md").read_text()
+    assert [code for code in sorted(codes) if f"`{code}`" not in page] == []
