@@ -162,7 +162,7 @@ class Service:
         except ApiError as error:
             yield _event({"error": error.error})
             return
-        except ValueError:  # a chunk that JSON lacks numbers for
+        except ValueError:  # a number that JSON lacks, such as NaN
             logger.exception("a stream failed")
             yield _event({"error": internal().error})
             return

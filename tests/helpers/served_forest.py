@@ -44,6 +44,13 @@ class Served:
         """POST JSON as it is."""
         return httpx2.post(f"{self.url}{path}", json=body, timeout=60, **settings)
 
+    def await_hang_ups(self, count: int) -> None:
+        """Return once the server has noticed that this many clients left."""
+        end = time.monotonic() + 20
+        while f"btm_scale_hang_ups_total {count}.0" not in httpx2.get(f"{self.url}/metrics").text:
+            assert time.monotonic() < end, "the server waits for a client that left"
+            time.sleep(0.01)
+
     def idle(self) -> bool:
         """Whether every slot becomes free in time."""
         end = time.monotonic() + 20

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,51 @@ def test_a_wrong_key_with_a_large_body_is_answered_on_a_connection_that_stays(ex
             while b"}" not in answer:
                 answer += client.recv(1 << 16)
             assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_sends_nothing_more_still_gets_all_its_answers(
+    experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    planner, backend = planner_of(experts)
+
+    def slowly(names: tuple[str, ...], step: Any = backend._engine._step) -> None:
+        time.sleep(0.05)
+        step(names)
+
+    monkeypatch.setattr(backend._engine, "_step", slowly)
+    body = json.dumps({**ASK, "stream": stream}).encode()
+    with running(planner, backend) as server, connected(server.url) as client:
+        client.sendall((head_of(body) + body) * 2)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := client.recv(1 << 16):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 100 ")  # which every client skips
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert answer.count(b"data: [DONE]" if stream else b'"finish_reason"') == 2
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_client_that_leaves_while_it_waits_is_noticed(
+    experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    planner, backend = planner_of(experts)
+    gate = threading.Event()
+
+    def held(names: tuple[str, ...], step: Any = backend._engine._step) -> None:
+        gate.wait(20)
+        step(names)
+
+    monkeypatch.setattr(backend._engine, "_step", held)
+    body = json.dumps(ASK).encode()
+    with running(planner, backend) as server:
+        with connected(server.url) as client:
+            client.sendall(head_of(body).replace(b"HTTP/1.1", f"HTTP/{version}".encode()) + body)
+            time.sleep(0.1)
+        server.await_hang_ups(1)
+        gate.set()
+        assert server.idle()
 
 
 # Proxies and load balancers in front
