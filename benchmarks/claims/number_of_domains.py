@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -62,11 +62,15 @@ def growing_equivalent(evidence: Evidence) -> list[Figure]:
 
 
 def clusters_and_given(evidence: Evidence) -> list[Figure]:
-    """Eight clusters over the eight given domains."""
+    """Eight clusters over the eight given domains: their gains over dense of the same text, and their perplexity."""
     points = Points(evidence, FAMILY)
+    gains = relative(evidence, "ensemble", ("8", _GIVEN))
     return [
-        same(f"`{method}` of 8 clusters / of the 8 given domains", points.curves(method), "8", _GIVEN, bound)
-        for method, bound in (("ensemble", Bound("<", 1)), ("ensemble:tempered", None), ("dense", None))
+        same("`ensemble` / `dense` of 8 clusters over that of the 8 given domains", gains, "8", _GIVEN, Bound("<", 1)),
+        *(
+            same(f"`{method}` of 8 clusters / of the 8 given domains", points.curves(method), "8", _GIVEN, bound)
+            for method, bound in (("ensemble", Bound("<", 1)), ("ensemble:tempered", None), (DENSE, None))
+        ),
     ]
 
 
@@ -92,12 +96,12 @@ def drawn(evidence: Evidence) -> str:
     return plot("Perplexity by number of domains", "number of clusters", CLUSTERS, series, _HIGHEST)
 
 
-def relative(evidence: Evidence, method: str) -> dict[int, Curve]:
-    """Return the mean perplexity of a method over that of dense, by random seed and number of clusters."""
+def relative(evidence: Evidence, method: str, at: Sequence[str] = CLUSTERS) -> dict[int, Curve]:
+    """Return the mean perplexity of a method over that of dense, by random seed and those of the points that exist."""
     points = Points(evidence, FAMILY)
     dense = points.curves(DENSE)
     return {
-        seed: {at: curve[at] / dense[seed][at] for at in CLUSTERS if at in curve and at in dense.get(seed, {})}
+        seed: {one: curve[one] / dense[seed][one] for one in at if one in curve and one in dense.get(seed, {})}
         for seed, curve in points.curves(method).items()
     }
 

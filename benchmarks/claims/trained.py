@@ -116,6 +116,8 @@ CLAIMS = (
         "Experts of clusters that are found in the text are at least as good as experts of given domains.",
         "c-BTM, arXiv 2303.14177",
         number_of_domains.clusters_and_given,
+        "Each cluster gets as many tokens, so that clusters also change the mixture of text. Dense gains from this as "
+        "much as the ensemble: over dense of the same text, their gains differ little.",
     ),
     _of(
         "domains",
