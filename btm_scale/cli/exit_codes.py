@@ -28,7 +28,7 @@ def exit_codes() -> Iterator[None]:
         end(error, 2)
     except GroupFailed as error:
         end(error, 2 if error.mistake else 1)
-    except WorkerLost as error:
+    except (WorkerLost, FloatingPointError) as error:  # the latter of a model that has diverged
         end(error, 1)
     except KeyboardInterrupt:
         end("interrupted; rerun the same command to resume", 130)

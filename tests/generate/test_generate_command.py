@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers.warm import Warm
+from safetensors.torch import load_file, save_file
 
 from btm_scale.cli.app import main
 from btm_scale.cli.generate import prompts_of
@@ -56,6 +59,23 @@ def test_the_text_of_a_single_prompt_is_streamed(
     assert capsys.readouterr().out == generation.text + "\n"
     seed = Generator.of_run(config, run, models=["seed"])
     assert [generation.posterior for generation in seed.generate(["import os"], max_tokens=2)] == [{"seed": 1.0}]
+
+
+def test_a_diverged_expert_ends_the_command_with_a_sentence(
+    handmade: tuple[RunConfig, RunDir], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(handmade[1].root, run.root)
+    file = run.model("python") / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * math.nan}, file, {"format": "pt"})
+    for more in ([], ["--method", "mixture"], ["--model", "python"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", str(run.root), *PROMPTS, "--max-tokens", "2", *more])
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == (
+            "btm-scale: An expert's logits contain NaN or exclude every token. Check for a diverged expert.\n"
+        )
 
 
 @pytest.mark.parametrize(

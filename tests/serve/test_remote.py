@@ -253,8 +253,8 @@ def test_an_engine_that_hangs_is_left_out_and_asked_again_later(
     experts: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = [FakeVllm(path, name) for name, path in experts.items()]
-    with remote(engines, PRIOR, answer_seconds=0.3) as server:
-        engines[0].latency = 1.0
+    with remote(engines, PRIOR, answer_seconds=1.5) as server:
+        engines[0].latency = 4.0
         for _ in range(2):
             answer = server.post("/v1/completions", {"model": "forest", "prompt": "ab"}).json()
             assert (answer["btm"]["expert"], answer["btm"]["left_out"]) == ("expert1", ["expert0"])
