@@ -97,7 +97,7 @@ def _other_text(run: RunDir, expert: Expert) -> float:
 
 def _scores(run: RunDir, model: Expert, text: str, split: str) -> Scores:
     scores = Scores.load(run.scores(model.name, text, split))
-    if scores.model != model.content_hash:
+    if scores.model != model.scored_hash:
         raise ForestError(
             f"'{model.name}' of {run.root} was scored on '{text}' before it was trained again. Score it: btm-scale "
             f"score {run.root}"

@@ -48,7 +48,7 @@ def score_model(
         return
     directory = run.model(model)
     network = load_model(group, directory)
-    content_hash = read_expert(directory).content_hash
+    scored_hash = read_expert(directory).scored_hash
     for domain, split in todo:
         text = evaluation_text(config, run, domain, split)
         log_probs = text_log_probs(group, network, text)
@@ -60,7 +60,7 @@ def score_model(
             scores = Scores(
                 log_probs,
                 text.block_starts,
-                content_hash,
+                scored_hash,
                 text.fingerprint,
                 *runs_on,
                 routing=None if routing is None else np.array(routing.load),

@@ -47,6 +47,12 @@ class Expert(Record):
     # The trained part; the other tensors have the bits of the parents.
     trains: TrainedPart = Field(default="all", exclude_if=lambda part: part == "all")
 
+    @property
+    def scored_hash(self) -> str:
+        """The hash that scores are of: for a mixture of experts, also of its top_k, which no tensor records."""
+        top_k = self.layout.get("top_k")
+        return self.content_hash if top_k is None else f"{self.content_hash}:top_k={top_k}"
+
 
 def read_expert(directory: Path) -> Expert:
     """Load the card of a finished model. Raises ForestError if it is missing, damaged or of another schema."""

@@ -32,7 +32,7 @@ class Scores:
 
     log_probs: np.ndarray  # float32 [tokens]
     block_starts: np.ndarray  # int64 [blocks]
-    model: str  # content hash of the model
+    model: str  # `scored_hash` of the model's card
     fingerprint: str  # of the text's tokens
     device: str = ""  # that scored the text; empty in files of earlier versions
     kernels: str = ""  # triton or reference
@@ -97,12 +97,12 @@ def with_sorted_header(content: bytes) -> bytes:
 
 
 def scored_model(path: Path) -> str | None:
-    """Return the content hash of the scored model, or None if the scores are missing or damaged."""
+    """Return the `scored_hash` of the scored model, or None if the scores are missing or damaged."""
     return scored(path)[0]
 
 
 def scored(path: Path) -> tuple[str | None, int]:
-    """Return the content hash of the scored model and the number of tokens; (None, 0) without intact scores."""
+    """Return the `scored_hash` of the scored model and the number of tokens; (None, 0) without intact scores."""
     if not path.is_file():
         return None, 0
     try:
@@ -156,11 +156,11 @@ def missing_scores(
     config: RunConfig, run: RunDir, model: str, texts: Iterable[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     """Return those of `texts` for which the current model has no scores, or scores of a shorter or longer text."""
-    content_hash = read_expert(run.model(model)).content_hash
+    current = read_expert(run.model(model)).scored_hash
     missing = []
     for text in texts:
         scored_hash, tokens = scored(run.scores(model, *text))
-        if scored_hash != content_hash or tokens != (scored_tokens(config, run, *text) or tokens):
+        if scored_hash != current or tokens != (scored_tokens(config, run, *text) or tokens):
             missing.append(text)
     return missing
 

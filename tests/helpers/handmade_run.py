@@ -51,7 +51,7 @@ def handmade_run(text: Path, folder: Path) -> tuple[RunConfig, RunDir]:
 
 def score_dev(config: RunConfig, run: RunDir, name: str) -> None:
     """Score a model of the run on the dev text of every domain."""
-    decoder, model_hash = Decoder.load(run.model(name)), read_expert(run.model(name)).content_hash
+    decoder, model_hash = Decoder.load(run.model(name)), read_expert(run.model(name)).scored_hash
     for domain in DOMAINS:
         dev = evaluation_text(config, run, domain, "dev")
         log_probs = block_log_probs(decoder, dev.tokens, dev.block_starts)

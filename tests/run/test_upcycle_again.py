@@ -1,0 +1,65 @@
+"""What happens to the mixture that a run has when `upcycle`, or the stage of a run, makes another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.handmade_run import DOMAINS, score_dev
+from helpers.upcycling import Run, unscored
+
+from btm_scale.cli.app import main
+from btm_scale.config.run import RunConfig
+from btm_scale.forest.expert import read_expert
+from btm_scale.forest.scores import missing_scores
+from btm_scale.run import mixture_stage
+from btm_scale.run_dir import MOE, RunDir
+from btm_scale.train.jobs import is_trained, training_job
+
+DEV = [(domain, "dev") for domain in DOMAINS]
+
+
+@pytest.fixture
+def run(handmade: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return unscored(handmade, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def in_stage(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the mixture of a config as the first rank of its stage does, outside of a process group."""
+    monkeypatch.setattr(mixture_stage, "patient_group", lambda: None)
+    monkeypatch.setattr(mixture_stage, "dist", SimpleNamespace(barrier=lambda _: None))
+    group: Any = SimpleNamespace(is_first=True, device="cpu")
+
+    def make(config: RunConfig, run: RunDir) -> None:
+        mixture_stage.first_mixture(group, config, run, training_job(config, MOE))
+
+    return make
+
+
+def of_top_k(config: RunConfig, top_k: int) -> RunConfig:
+    moe = {"router": "fitted", "top_k": top_k, "train": {"budget_share": 0}}
+    return RunConfig.model_validate(config.model_dump() | {"moe": moe})
+
+
+@pytest.mark.parametrize("maker", ["command", "stage"])
+def test_another_top_k_is_scored_again_although_no_tensor_depends_on_it(maker: str, run: Run, in_stage: Any) -> None:
+    config, folder = run
+
+    def make(top_k: int) -> str:
+        if maker == "command":
+            main(["upcycle", str(folder.root), "--router", "fitted", "--top-k", str(top_k)])
+        else:
+            in_stage(of_top_k(config, top_k), folder)
+            assert is_trained(of_top_k(config, top_k), folder, MOE)
+        return read_expert(folder.model(MOE)).content_hash
+
+    first = make(2)
+    score_dev(config, folder, MOE)
+    assert missing_scores(config, folder, MOE, DEV) == []
+    assert make(1) == first
+    assert missing_scores(config, folder, MOE, DEV) == DEV
+    score_dev(config, folder, MOE)
+    assert missing_scores(config, folder, MOE, DEV) == []
