@@ -34,7 +34,7 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
     kinds: set[object] = set()
     pairs: list[tuple[str, str, str]] = []  # an expert, what it is compared with, and whose that is
     for name, card in experts.items():
-        if card.trains != "mlp":
+        if card.trains != "mlp" or not card.parents:  # its parents are models of another run
             kinds.add(name)  # shares nothing with another
             continue
         dtype = _dtype(run.model(name))

@@ -62,3 +62,11 @@ def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(run: Run,
         upcycle(*run, Recipe())
     assert files_of(run[1].root) == before
     assert not upcycle(*run, Recipe(without=("docs",))).is_complete
+
+
+def test_an_expert_of_another_run_whose_parents_are_unknown_is_averaged(run: Run) -> None:
+    as_mlp_experts(run[1])
+    directory = run[1].model("cpp")
+    read_expert(directory).model_copy(update={"parents": ()}).save(directory / CARD)
+    assert not upcycle(*run, Recipe(router="random")).is_complete
+    assert not upcycle(*run, Recipe(router="random", without=("docs", "licences"))).is_complete
