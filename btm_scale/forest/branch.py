@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, unknown_name
-from btm_scale.forest.expert import Parent, is_finished, read_expert
+from btm_scale.forest.expert import Parent, find_expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import dev_prior
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.files import make_directory
-from btm_scale.util.records import InsideName, Record
+from btm_scale.util.records import InsideName, Record, is_empty
 
 # Parents with less weight are dropped: reading them would cost time and change almost nothing.
 _LEAST_WEIGHT = 1e-3
@@ -32,24 +33,32 @@ class Branch(Record):
 
     parents: tuple[Parent, ...]  # their weights sum to 1; none for the seed LM
     domains: dict[InsideName, float]  # fractions of the training text, replayed text included
+    # The parents' content hashes when training began; absent for unfinished parents, and in earlier versions' files.
+    parent_hashes: dict[InsideName, str] = Field(default_factory=dict, exclude_if=is_empty)
 
 
 def settle(
     config: RunConfig, run: RunDir, model: str, branch: BranchConfig | None, weights: Mapping[str, float]
 ) -> Branch:
-    """Return the recorded branch of a model, after deciding and recording it if there is no record.
+    """Return the recorded branch of a model whose training begins, after deciding it if there is no record.
+
+    Until there is a checkpoint, each call records the parents' content hashes.
 
     Args: `branch`, None for a model without parents; `weights`, its relative amounts of training text by domain.
     Raises ForestError as `decide` does.
     """
     path = run.branch(model)
     recorded = Branch.find(path)
-    if recorded is not None:
+    if recorded is not None and has_begun(run, model):
         return recorded
-    decided = decide(config, run, model, branch, weights)
-    make_directory(path.parent)
-    decided.save(path)
-    return decided
+    settled = recorded or decide(config, run, model, branch, weights)
+    cards = {parent.name: find_expert(run.model(parent.name)) for parent in settled.parents}
+    hashes = {name: card.content_hash for name, card in cards.items() if card is not None}
+    settled = settled.model_copy(update={"parent_hashes": hashes})
+    if settled != recorded:
+        make_directory(path.parent)
+        settled.save(path)
+    return settled
 
 
 def decide(

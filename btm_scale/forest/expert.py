@@ -46,6 +46,8 @@ class Expert(Record):
     best_step: int = Field(default=0, exclude_if=is_empty)
     # The trained part; the other tensors have the bits of the parents.
     trains: TrainedPart = Field(default="all", exclude_if=lambda part: part == "all")
+    # The content hashes of the parents when it branched; absent where not recorded.
+    parent_hashes: dict[InsideName, str] = Field(default_factory=dict, exclude_if=is_empty)
 
     @property
     def scored_hash(self) -> str:

@@ -278,7 +278,8 @@ def _card(source: Path, copy: Path, name: str) -> Expert:
     digest = content_hash(copy)
     if is_finished(source):
         # Its parents are models of another run, so their names are dropped.
-        return read_expert(source).model_copy(update={"name": name, "parents": (), "content_hash": digest})
+        own = {"name": name, "parents": (), "parent_hashes": {}, "content_hash": digest}
+        return read_expert(source).model_copy(update=own)
     return Expert(
         name=name, domains={}, parents=(), tokens=0, steps=0, layout={}, data_fingerprint={}, content_hash=digest
     )

@@ -14,7 +14,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, same_bits
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.checkpoint.merge.runner import Buffers, parts_of
 from btm_scale.errors import ForestError
-from btm_scale.forest.expert import Expert, is_finished
+from btm_scale.forest.expert import Expert, find_expert
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.trained import frozen_names
 from btm_scale.run_dir import RunDir
@@ -27,36 +27,45 @@ _PART_ELEMENTS = 1 << 23  # compared by one thread
 def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
     """Return whether all experts have the same bits in all but their MLPs, because they were trained that way.
 
-    Compares the tensors themselves. Raises ForestError if the card of an expert says that only its MLPs were trained,
-    and another of its tensors differs from its parent's, or from that of an expert with the same parents.
+    Compares the tensors themselves, if all cards say so. Raises ForestError if another tensor of an expert differs from
+    its parent's or, where the parent is not what it was when the expert branched, from that of another of the experts.
     """
-    firsts: dict[object, str] = {}
-    kinds: set[object] = set()
-    pairs: list[tuple[str, str, str]] = []  # an expert, what it is compared with, and whose that is
-    for name, card in experts.items():
-        if card.trains != "mlp" or not card.parents:  # its parents are models of another run
-            kinds.add(name)  # shares nothing with another
-            continue
-        dtype = _dtype(run.model(name))
-        kind = (card.parents, dtype)
-        kinds.add(kind)
-        first = firsts.setdefault(kind, name)
-        parent = run.model(card.parents[0].name)
-        # A parent in a narrower dtype has been rounded; the mean of several is not stored.
-        is_stored = len(card.parents) == 1 and is_finished(parent) and _dtype(parent) in (dtype, torch.float32)
-        if is_stored:
-            pairs.append((name, card.parents[0].name, "its parent"))
-        elif first != name:
-            pairs.append((name, first, "an expert of the same parents,"))
-    differing = _first_differences(run, [(name, other) for name, other, _ in pairs])
-    for name, other, whose in pairs:
-        if name in differing:
-            raise ForestError(
-                f"'{name}' was trained with train: mlp, but '{differing[name]}' differs from that of {whose} "
-                f"'{other}'. Such an expert has the bits of its parents in all but its MLPs. Restore it, or leave it "
-                f"out: --without {name}"
-            )
-    return len(kinds) == 1
+    kinds = {_kind(run, name, card) for name, card in experts.items()}
+    if len(kinds) > 1:
+        return False
+    first, card = next(iter(experts.items()))
+    reference = _stored_parent(run, first, card)
+    differing = {} if reference is None else _first_differences(run, reference, list(experts))
+    is_recorded = reference is not None and reference in card.parent_hashes
+    if reference is None or (len(differing) == len(experts) and not is_recorded):  # the parent was trained further
+        reference = first
+        differing = _first_differences(run, first, [name for name in experts if name != first])
+    whose = "an expert of the same parents," if reference == first else "its parent"
+    for name, tensor in differing.items():
+        raise ForestError(
+            f"'{name}' was trained with train: mlp, but '{tensor}' differs from that of {whose} '{reference}'. Such an "
+            f"expert has the bits of its parents in all but its MLPs. Restore it, or leave it out: --without {name}"
+        )
+    return True
+
+
+def _kind(run: RunDir, name: str, card: Expert) -> object:
+    """Return what is the same for experts with the same bits in all but their MLPs."""
+    if card.trains != "mlp" or not card.parents:  # without parents: an expert of another run
+        return name
+    return card.parents, tuple(sorted(card.parent_hashes.items())), _dtype(run.model(name))
+
+
+def _stored_parent(run: RunDir, name: str, card: Expert) -> str | None:
+    """Return the parent whose bits an expert has; None if they are not on disk, or those of other weights are."""
+    parent = card.parents[0].name
+    current = find_expert(run.model(parent))
+    if len(card.parents) > 1 or current is None:  # the mean of several parents is not stored
+        return None
+    if card.parent_hashes.get(parent, current.content_hash) != current.content_hash:
+        return None
+    # A parent in a narrower dtype has been rounded.
+    return parent if _dtype(run.model(parent)) in (_dtype(run.model(name)), torch.float32) else None
 
 
 def _dtype(directory: Path) -> torch.dtype:
@@ -64,25 +73,23 @@ def _dtype(directory: Path) -> torch.dtype:
         return next(spec.dtype for spec in model.specs().values() if spec.dtype.is_floating_point)
 
 
-def _first_differences(run: RunDir, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return the first tensor beside the MLPs in which each expert differs from its reference, of those that differ.
+def _first_differences(run: RunDir, reference: str, experts: Sequence[str]) -> dict[str, str]:
+    """Return the first tensor beside the MLPs in which each expert differs from the reference, of those that differ.
 
-    `pairs` are (expert, reference). A reference of several experts is read once, and rounded to their dtype.
+    The reference is read once for all, and rounded to their dtype.
     """
     found: dict[str, str] = {}
-    for reference in dict.fromkeys(reference for _, reference in pairs):
-        experts = [expert for expert, theirs in pairs if theirs == reference]
-        with ExitStack() as stack:
-            theirs = stack.enter_context(open_model(run.model(reference)))
-            ours = {expert: stack.enter_context(open_model(run.model(expert))) for expert in experts}
-            parts = [
-                part
-                for name in sorted(frozen_names(read_shape(run.model(experts[0])), "mlp"))
-                for part in parts_of(Unit(name, 0, theirs.spec(name).elements), _PART_ELEMENTS)
-            ]
-            for part, those in zip(parts, in_threads(partial(_differing, theirs, ours), parts), strict=True):
-                for expert in those:
-                    found.setdefault(expert, part.name)
+    with ExitStack() as stack:
+        theirs = stack.enter_context(open_model(run.model(reference)))
+        ours = {expert: stack.enter_context(open_model(run.model(expert))) for expert in experts}
+        parts = [
+            part
+            for name in sorted(frozen_names(read_shape(run.model(reference)), "mlp"))
+            for part in parts_of(Unit(name, 0, theirs.spec(name).elements), _PART_ELEMENTS)
+        ]
+        for part, those in zip(parts, in_threads(partial(_differing, theirs, ours), parts), strict=True):
+            for expert in those:
+                found.setdefault(expert, part.name)
     return found
 
 

@@ -108,4 +108,5 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, dire
         data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in branch.domains},
         content_hash=content_hash(directory),
         trains=job.trains,
+        parent_hashes=branch.parent_hashes,
     )

@@ -11,7 +11,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.branch import Branch, parents_of, settle
-from btm_scale.forest.expert import Parent
+from btm_scale.forest.expert import Parent, read_expert
 from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import SEED, RunDir
 
@@ -65,9 +65,24 @@ def test_a_parent_without_scores_is_an_error_with_the_remedy(run: RunDir) -> Non
 def test_parents_are_settled_once_and_kept_when_the_forest_changes(run: RunDir) -> None:
     config = RunConfig.model_validate({"domains": {name: {"text": name} for name in ("a", "b", "new")}})
     first = settle(config, run, "new", BranchConfig(), {"new": 2.0})
-    assert first == Branch(parents=(Parent(SEED, 1.0),), domains={"new": 1.0})
+    own = {SEED: read_expert(run.model(SEED)).content_hash}
+    assert first == Branch(parents=(Parent(SEED, 1.0),), domains={"new": 1.0}, parent_hashes=own)
     assert settle(config, run, "new", BranchConfig(parents={"a": 1.0}), {"new": 1.0}) == first
     assert json.loads(run.branch("new").read_text())["schema"] == 1
+
+
+def test_the_parents_weights_are_recorded_until_the_first_checkpoint(run: RunDir) -> None:
+    config = RunConfig.model_validate({"domains": {name: {"text": name} for name in ("a", "b", "new")}})
+
+    def recorded(content_hash: str) -> dict[str, str]:
+        card = read_expert(run.model(SEED)).model_copy(update={"content_hash": content_hash})
+        card.save(run.model(SEED) / "expert.json")
+        assert settle(config, run, "new", BranchConfig(), {"new": 1.0}) == Branch.load(run.branch("new"))
+        return Branch.load(run.branch("new")).parent_hashes
+
+    assert [recorded("first"), recorded("second")] == [{SEED: "first"}, {SEED: "second"}]
+    (run.checkpoints("new") / "step-1").mkdir(parents=True)
+    assert recorded("trained further") == {SEED: "second"}
 
 
 def test_replayed_text_comes_from_the_parents_by_weight(run: RunDir) -> None:

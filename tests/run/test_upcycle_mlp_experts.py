@@ -22,14 +22,21 @@ def run(handmade: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return unscored(handmade, tmp_path, monkeypatch)
 
 
-def as_mlp_experts(run: RunDir, *, parent: str = "seed") -> dict[str, torch.Tensor]:
-    """Give the experts all but their MLPs of their parent, as if only these had been trained; return the parent's."""
+EXPERTS = ("cpp", "docs", "licences", "python")
+
+
+def as_mlp_experts(run: RunDir, *, parent: str = "seed", recorded: bool = False) -> dict[str, torch.Tensor]:
+    """Give the experts all but their MLPs of their parent, as if only these had been trained; return the parent's.
+
+    `recorded`: their cards have the parent's hash, as those of this version do.
+    """
+    hashes = {parent: read_expert(run.model(parent)).content_hash} if recorded else {}
     shared = load_file(run.model(parent) / WEIGHTS)
-    for name in ("cpp", "docs", "licences", "python"):
+    for name in EXPERTS:
         directory = run.model(name)
         own = {key: tensor for key, tensor in load_file(directory / WEIGHTS).items() if ".mlp." in key}
         change(directory, shared | own)
-        read_expert(directory).model_copy(update={"trains": "mlp"}).save(directory / CARD)
+        read_expert(directory).model_copy(update={"trains": "mlp", "parent_hashes": hashes}).save(directory / CARD)
     return shared
 
 
@@ -48,11 +55,19 @@ def test_experts_that_trained_their_mlps_share_the_parents_bits_and_can_be_left_
         assert ".gate." in name or torch.equal(tensor, complete[before]), name
 
 
+def with_other_norm(run: RunDir, name: str, more: float = 1) -> None:
+    """Change a tensor of a model that is not of an MLP."""
+    weights = load_file(run.model(name) / WEIGHTS)
+    change(run.model(name), weights | {"model.norm.weight": weights["model.norm.weight"] + more})
+
+
+@pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("parent_is_there", [True, False])
-def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(run: Run, parent_is_there: bool) -> None:
-    as_mlp_experts(run[1])
-    weights = load_file(run[1].model("docs") / WEIGHTS)
-    change(run[1].model("docs"), weights | {"model.norm.weight": weights["model.norm.weight"] + 1})
+def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(
+    run: Run, parent_is_there: bool, recorded: bool
+) -> None:
+    as_mlp_experts(run[1], recorded=recorded)
+    with_other_norm(run[1], "docs")
     if not parent_is_there:
         shutil.rmtree(run[1].model("seed"))
     before = files_of(run[1].root)
@@ -70,3 +85,39 @@ def test_an_expert_of_another_run_whose_parents_are_unknown_is_averaged(run: Run
     read_expert(directory).model_copy(update={"parents": ()}).save(directory / CARD)
     assert not upcycle(*run, Recipe(router="random")).is_complete
     assert not upcycle(*run, Recipe(router="random", without=("docs", "licences"))).is_complete
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_experts_whose_parent_was_trained_further_share_its_former_bits(run: Run, recorded: bool) -> None:
+    shared = as_mlp_experts(run[1], recorded=recorded)
+    with_other_norm(run[1], "seed")
+    upcycle(*run, Recipe(router="random"))
+    assert torch.equal(load_file(run[1].model(MOE) / WEIGHTS)["model.norm.weight"], shared["model.norm.weight"])
+    with_other_norm(run[1], "docs", more=2)
+    with pytest.raises(ForestError, match=r"'docs' .* differs from that of an expert of the same parents, 'cpp'"):
+        upcycle(*run, Recipe(router="random"))
+
+
+def test_all_experts_that_differ_from_the_parent_that_they_record_are_refused(run: Run) -> None:
+    as_mlp_experts(run[1], recorded=True)
+    for name in EXPERTS:
+        with_other_norm(run[1], name)
+    with pytest.raises(ForestError, match=r"differs from that of its parent 'seed'"):
+        upcycle(*run, Recipe(router="random"))
+
+
+def test_experts_of_a_parent_before_and_after_it_was_trained_further_are_averaged(run: Run) -> None:
+    as_mlp_experts(run[1], recorded=True)
+    directory = run[1].model("docs")
+    former = read_expert(directory).model_copy(update={"parent_hashes": {"seed": "former"}})
+    with_other_norm(run[1], "docs")
+    former.model_copy(update={"content_hash": read_expert(directory).content_hash}).save(directory / CARD)
+    assert not upcycle(*run, Recipe(router="random")).is_complete
+
+
+def test_what_an_expert_shares_does_not_matter_beside_one_that_was_trained_completely(run: Run) -> None:
+    as_mlp_experts(run[1], recorded=True)
+    with_other_norm(run[1], "docs")
+    directory = run[1].model("cpp")
+    read_expert(directory).model_copy(update={"trains": "all"}).save(directory / CARD)
+    assert not upcycle(*run, Recipe(router="random")).is_complete

@@ -56,7 +56,9 @@ def test_an_added_expert_starts_from_its_recorded_branch(grown: tuple[RunDir, by
     assert sum(parent.weight for parent in card.parents) == pytest.approx(1.0)
     assert card.domains["cpp"] == pytest.approx(0.75)
     assert sum(card.domains.values()) == pytest.approx(1.0)
-    assert Branch.load(run.branch("cpp")) == Branch(parents=card.parents, domains=card.domains)
+    assert Branch.load(run.branch("cpp")) == Branch(
+        parents=card.parents, domains=card.domains, parent_hashes=card.parent_hashes
+    )
     metrics = [json.loads(line) for line in run.metrics("cpp").read_text().splitlines()]
     # A mean of trained experts starts far below a fresh model's ln(512) = 6.2 nats.
     assert metrics[0]["loss"] < 5.5
