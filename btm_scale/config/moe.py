@@ -71,8 +71,9 @@ def mixture_layout(config: RunConfig) -> Layout:
     own = dict(config.moe.layout)
     if own.get("precision") == "auto":  # resolved in the layout that it differs from
         del own["precision"]
-    layout = config.shared_layout.model_dump() | own
-    return Layout.model_validate(layout | {"sequence_parallel": layout["tensor"] > 1})
+    settings = config.shared_layout.model_dump() | own | {"sequence_parallel": False}
+    layout = Layout.model_validate(settings)
+    return layout.model_copy(update={"sequence_parallel": layout.tensor > 1})
 
 
 def mixture_shape(config: RunConfig, vocabulary: int) -> ModelShape:
@@ -114,6 +115,10 @@ def mixture_problems(config: RunConfig) -> Iterator[str]:
         shape = mixture_shape(config, vocabulary=1)
     except ValueError as error:
         yield f"moe: {error}"
+        return
+    try:
+        _ = config.shared_layout
+    except ValidationError:  # reported as that of seed_layout
         return
     try:
         layout = mixture_layout(config)

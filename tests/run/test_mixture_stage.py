@@ -198,3 +198,22 @@ def test_several_tensor_ranks_shard_the_sequence() -> None:
 def test_what_makes_no_mixture_is_refused_with_the_config(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         run_config(**changes)
+
+
+@pytest.mark.parametrize("tensor", ["two", None, [2], 1.5, 0])
+def test_a_layout_with_a_wrong_degree_is_refused_as_that_of_the_seed_is(tensor: Any) -> None:
+    messages = []
+    for place, section in (
+        ("moe.", {"moe": {"layout": {"tensor": tensor}}}),
+        ("seed_", {"seed_layout": {"tensor": tensor}}),
+    ):
+        with pytest.raises(ValidationError) as refused:
+            run_config(**section)
+        [error] = refused.value.errors()
+        messages.append(error["msg"].replace(f"{place}layout", "layout"))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0].strip(), "once"
+
+
+def test_a_degree_in_quotes_is_a_number() -> None:
+    assert training_job(run_config(moe={"layout": {"tensor": "2"}}), MOE).layout.tensor == 2
