@@ -264,7 +264,8 @@ def upcycle(
     """Make one mixture-of-experts model of the experts.
 
     Its experts are the MLPs of the forest's experts; the rest is their average. Nothing is trained. The model is
-    written to RUN/moe in place of a former one, and scored; `evaluate` compares it with every other method.
+    written to RUN/moe, in place of a former one that was not trained either, and scored; `evaluate` compares it with
+    every other method.
     """
     from btm_scale.model.hf_decoder import usable_device
     from btm_scale.run.upcycle import Recipe

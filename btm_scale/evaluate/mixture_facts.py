@@ -54,7 +54,8 @@ def mixture_note(run: RunDir, mixture: Expert) -> str:
     cards = {name: find_expert(run.model(name)) for name in others_of}
     now = forest | {name: card.content_hash for name, card in cards.items() if card is not None}
     if changed := [name for name in [*names, *others_of] if now.get(name) != mixture.data_fingerprint[name]]:
-        note += f" {', '.join(changed)} changed or left the forest since. Make it again: btm-scale upcycle {run.root}"
+        command = "run CONFIG" if mixture.joint_steps else f"upcycle {run.root}"
+        note += f" {', '.join(changed)} changed or left the forest since. Make it again: btm-scale {command}"
     elif others := [name for name in forest if name not in names]:
         note += f" Without {', '.join(others)}."
     return note

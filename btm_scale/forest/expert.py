@@ -55,6 +55,11 @@ class Expert(Record):
         top_k = self.layout.get("top_k")
         return self.content_hash if top_k is None else f"{self.content_hash}:top_k={top_k}"
 
+    @property
+    def joint_steps(self) -> int:
+        """The steps of joint training, of a mixture of experts; 0 for any other model."""
+        return self.steps if "train" in self.layout else 0
+
 
 def read_expert(directory: Path) -> Expert:
     """Load the card of a finished model. Raises ForestError if it is missing, damaged or of another schema."""

@@ -66,17 +66,27 @@ def upcycle(
 ) -> Upcycled:
     """Make the mixture of experts of a run, replacing a former one, and score it on every domain.
 
-    No expert is removed meanwhile. Raises ForestError, before anything is written, if the experts make no mixture or
-    another process makes one.
+    No expert is removed meanwhile. Raises ForestError, before anything is written, if the experts make no mixture,
+    another process makes one, or the run's mixture was trained.
     """
     with using(run), held(run.upcycle_lock) as is_ours:
         if not is_ours:
             raise ForestError(f"Another process makes the mixture of experts of {run.root}. Wait for it, or stop it.")
         config = current_config(config, run)
+        _require_untrained(run)
         made = make_mixture(config, run, recipe, run.model(MOE), device=device, jobs=jobs)
         with scoring(run):
             score_models(config, run, [MOE])
         return made
+
+
+def _require_untrained(run: RunDir) -> None:
+    former = find_expert(run.model(MOE))
+    if former is not None and former.joint_steps:
+        raise ForestError(
+            f"{run.model(MOE)} was trained jointly for {former.joint_steps:,} steps, and upcycle would replace it by a "
+            "mixture that is not trained. Move it out of the run first, or train another one: btm-scale run CONFIG"
+        )
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.handmade_run import DOMAINS, score_dev
-from helpers.upcycling import Run, unscored
+from helpers.upcycling import Run, files_of, unscored
 
 from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.expert import read_expert
+from btm_scale.errors import ForestError
+from btm_scale.evaluate.mixture_facts import mixture_note
+from btm_scale.forest.expert import CARD, read_expert
 from btm_scale.forest.scores import missing_scores
 from btm_scale.run import mixture_stage
+from btm_scale.run.upcycle import Recipe, upcycle
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import is_trained, training_job
 
+TRAINED = {"top_k": 2, "router": "fitted", "train": {"budget_share": 0.1}}
 DEV = [(domain, "dev") for domain in DOMAINS]
 
 
@@ -63,3 +68,18 @@ def test_another_top_k_is_scored_again_although_no_tensor_depends_on_it(maker: s
     assert missing_scores(config, folder, MOE, DEV) == DEV
     score_dev(config, folder, MOE)
     assert missing_scores(config, folder, MOE, DEV) == []
+
+
+def test_a_mixture_that_was_trained_jointly_is_only_replaced_by_the_run(run: Run) -> None:
+    config, folder = run
+    directory = folder.model(MOE)
+    upcycle(config, folder, Recipe(router="fitted"))
+    read_expert(directory).model_copy(update={"layout": TRAINED, "steps": 5000}).save(directory / CARD)
+    before = files_of(folder.root)
+    with pytest.raises(ForestError, match=r"/moe was trained jointly for 5,000 steps, .*btm-scale run CONFIG"):
+        upcycle(config, folder, Recipe(router="fitted"))
+    assert files_of(folder.root) == before
+    shutil.rmtree(folder.model("cpp"))
+    assert mixture_note(folder, read_expert(directory)).endswith("Make it again: btm-scale run CONFIG")
+    directory.rename(directory.with_name("kept"))
+    assert not upcycle(config, folder, Recipe(router="fitted")).is_complete
