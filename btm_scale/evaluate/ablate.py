@@ -101,7 +101,7 @@ def ablate(
                 make_directory(path.parent)
                 measured |= {one.key: one for one in (Ablation.find(path) or Ablation()).measured}
                 Ablation(measured=tuple(measured.values())).save(path)
-        rows.append(measured[key])
+        rows.append(measured[key].model_copy(update={"experts": subset}))  # which may have other names now
         on_subset(subset, measured[key].mean)
     rows.sort(key=lambda row: row.mean)
     return {

@@ -83,12 +83,15 @@ def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture
 def unmeasured(
     run: RunDir, texts: Mapping[str, Text], mixtures: Sequence[Mixture]
 ) -> list[tuple[Mixture, dict[str, Text]]]:
-    """Return the mixtures without a recorded loss on every text, each with the texts that it lacks."""
+    """Return the mixtures without a recorded loss on every text, each with the texts that it lacks.
+
+    Of mixtures of the same weights, by models whose contents are the same, only one.
+    """
     hashes = _hashes(run, mixtures)
     losses = {one.key: one.losses for one in _record(run).measured}
     missing = []
-    for mixture in mixtures:
-        known = losses.get(_key(mixture, hashes), {})
+    for key, mixture in {_key(mixture, hashes): mixture for mixture in mixtures}.items():
+        known = losses.get(key, {})
         if lacking := {name: text for name, text in texts.items() if text.fingerprint not in known}:
             missing.append((mixture, lacking))
     return missing
@@ -119,16 +122,13 @@ def measure(
         _add(run, MeasuredMixture(key=_key(mixture, hashes), weights=mixture, losses=by_text))
         on_mixture(mixture)
     wanted = {text.fingerprint for text in texts.values()}
-    return sorted(
-        (
-            one
-            for one in _record(run).measured
-            if one.weights.keys() <= hashes.keys()
-            and one.key == _key(one.weights, hashes)
-            and wanted <= one.losses.keys()
-        ),
-        key=lambda one: one.key,
-    )
+    recorded = {one.key: one for one in _record(run).measured if wanted <= one.losses.keys()}
+    # The models may have other names now than when they were measured, and several the same content.
+    keyed = [(_key(mixture, hashes), mixture) for mixture in mixtures]
+    found = [recorded[key].model_copy(update={"weights": mixture}) for key, mixture in keyed if key in recorded]
+    others = recorded.keys() - {key for key, _ in keyed}
+    found += [recorded[key] for key in others if _is_of(recorded[key], hashes)]
+    return sorted(found, key=lambda one: (one.key, sorted(one.weights.items())))
 
 
 def save_chosen(run: RunDir, chosen: ChosenMixture) -> None:
@@ -169,6 +169,11 @@ def _mixture(names: Sequence[str], weights: np.ndarray) -> Mixture:
 def _hashes(run: RunDir, mixtures: Sequence[Mixture]) -> dict[str, str]:
     names = sorted({name for mixture in mixtures for name in mixture})
     return {name: read_expert(run.model(name)).content_hash for name in names}
+
+
+def _is_of(measured: MeasuredMixture, hashes: Mapping[str, str]) -> bool:
+    """Return whether a mixture was measured of these models, under these names."""
+    return measured.weights.keys() <= hashes.keys() and measured.key == _key(measured.weights, hashes)
 
 
 def _key(mixture: Mapping[str, float], hashes: Mapping[str, str]) -> str:

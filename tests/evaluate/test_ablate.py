@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def test_measured_subsets_are_not_measured_again(
     first = ablate(run, texts, [("cpp",)])
     monkeypatch.setattr("btm_scale.evaluate.ablate._average_losses", None)
     assert ablate(run, texts, [("cpp",)]) == first
+    shutil.copytree(run.root, tmp_path / "run")
+    other = RunDir(tmp_path / "run")
+    other.model("cpp").rename(other.model("renamed"))
+    [row] = ablate(other, texts, [("renamed",)])["ranking"]
+    assert (row["experts"], row["mean"]) == (["renamed"], first["ranking"][0]["mean"])
     with pytest.raises(TypeError):
         ablate(run, {"b": texts["b"]}, [("cpp",)])
 

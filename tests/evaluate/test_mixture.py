@@ -166,6 +166,34 @@ def test_a_new_expert_keeps_what_was_measured_without_it(run: RunDir, here: Meas
     assert len(here.calls) == 4  # alone, the uniform average and two draws
 
 
+def renamed(run: RunDir, former: str, name: str) -> None:
+    run.model(former).rename(run.model(name))
+    read_expert(run.model(name)).model_copy(update={"name": name}).save(run.model(name) / CARD)
+
+
+def test_an_expert_with_another_name_keeps_what_was_measured_of_it(run: RunDir, here: MeasuredHere) -> None:
+    first = answer("mixture", run.root, "--target", "docs=1")
+    renamed(run, "cpp", "cplusplus")
+    here.calls.clear()
+    found = answer("mixture", run.root, "--target", "docs=1")
+    assert here.calls == []
+    assert found["weights"] == {name.replace("cpp", "cplusplus"): weight for name, weight in first["weights"].items()}
+
+
+def test_models_of_the_same_weights_are_measured_once_and_both_mixed(run: RunDir, here: MeasuredHere) -> None:
+    shutil.copytree(run.model(SEED), run.model("aaa"))
+    read_expert(run.model(SEED)).model_copy(update={"name": "aaa"}).save(run.model("aaa") / CARD)
+    runs = default_runs(len(MODELS) + 1)
+    assert answer("mixture", run.root, "--dry-run")["to_measure"] == runs - 1
+    found = answer("mixture", run.root)
+    assert len(here.calls) == runs - 1, "each alone is the same average"
+    assert len(found["measured"]) == runs
+    assert {"aaa", SEED} <= {name for one in found["measured"] for name in one["weights"]}
+    assert [one["weights"] for one in found["measured"]].count({"aaa": 1.0}) == 1
+    assert answer("mixture", run.root) == found
+    assert len(here.calls) == runs - 1
+
+
 def test_an_interrupted_command_resumes_to_the_same_file(run: RunDir, here: MeasuredHere, tmp_path: Path) -> None:
     undisturbed = RunDir(tmp_path / "other")
     shutil.copytree(run.root, undisturbed.root)
