@@ -27,7 +27,8 @@ _UPCYCLE = """
 import sys
 from pathlib import Path
 from btm_scale.config.run import RunConfig
-from btm_scale.run.upcycle import Recipe, make_mixture
+from btm_scale.run.mixture_recipe import Recipe
+from btm_scale.run.upcycle import make_mixture
 from btm_scale.run_dir import MOE, RunDir
 if __name__ == "__main__":
     run = RunDir(Path(sys.argv[1]))

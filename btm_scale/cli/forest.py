@@ -268,7 +268,7 @@ def upcycle(
     every other method.
     """
     from btm_scale.model.hf_decoder import usable_device
-    from btm_scale.run.upcycle import Recipe
+    from btm_scale.run.mixture_recipe import Recipe
     from btm_scale.run.upcycle import upcycle as make
 
     config, run_dir = opened(run)

@@ -12,7 +12,8 @@ from btm_scale.config.moe import mixture_experts
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.patience import patient_group
-from btm_scale.run.upcycle import Recipe, make_mixture
+from btm_scale.run.mixture_recipe import Recipe
+from btm_scale.run.upcycle import make_mixture
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import TrainingJob, mixture_settings
 

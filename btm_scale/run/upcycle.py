@@ -17,39 +17,30 @@ from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
 from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import CheckpointError, ForestError, unknown_name
-from btm_scale.forest.expert import CARD, Expert, Parent, find_expert, read_expert
-from btm_scale.forest.forest import require_experts
+from btm_scale.errors import CheckpointError, ForestError
+from btm_scale.forest.expert import CARD, Expert, find_expert, read_expert
 from btm_scale.forest.routed_router import fitted_routed
-from btm_scale.forest.router import ROUTED, ROUTERS, gates
-from btm_scale.forest.router_sums import domains_of_expert, router_sums, texts_of_expert
+from btm_scale.forest.router import ROUTED, gates
+from btm_scale.forest.router_sums import router_sums, texts_of_expert
 from btm_scale.forest.scores import with_sorted_header
 from btm_scale.forest.shared_tensors import share_the_rest
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
-from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
-from btm_scale.run_dir import MOE, RunDir, finished_models
+from btm_scale.run.mixture_recipe import (
+    Recipe,
+    card_of_mixture,
+    chosen_experts,
+    settings_of,
+    shape_of_mixture,
+    shared_directory,
+)
+from btm_scale.run_dir import MOE, RunDir
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, publish_directory, write_file
 from btm_scale.util.locks import held
 from btm_scale.util.provenance import NAME as PROVENANCE
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Which experts a mixture is made of (default: all), how many compute a token, and how its router is made.
-
-    The MLPs of the model `shared_expert` compute every token too; None: of no model.
-    """
-
-    experts: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    top_k: int = 2
-    router: str = ROUTED
-    random_seed: int = 0
-    shared_expert: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +103,8 @@ def make_mixture(
     `settings` are recorded in its card, by default the recipe's. Raises ForestError as `upcycle` does.
     """
     names = chosen_experts(run, recipe)
-    shape = _mixture_shape(config, run, names, recipe)
-    card = _card(run, names, settings or _settings(recipe), recipe.shared_expert)
+    shape = shape_of_mixture(config, run, names, recipe)
+    card = card_of_mixture(run, names, settings or settings_of(recipe), recipe.shared_expert)
     former = find_expert(final)
     is_complete = former is not None and former.model_copy(update={"content_hash": ""}) == card
     if not is_complete:
@@ -122,60 +113,6 @@ def make_mixture(
         before()
         _make(config, run, card, shape, recipe, final, shared, device, jobs)
     return Upcycled(read_expert(final), shape, is_complete)
-
-
-def chosen_experts(run: RunDir, recipe: Recipe) -> list[str]:
-    """Return the experts of a recipe, sorted. Raises ForestError for an unknown one, and for fewer than two."""
-    forest = list(require_experts(run))
-    for name in (*recipe.experts, *recipe.without):
-        if name not in forest:
-            raise ForestError(unknown_name("expert", name, forest))
-    names = [name for name in forest if name in (recipe.experts or forest) and name not in recipe.without]
-    if len(names) < 2:
-        raise ForestError(
-            f"{', '.join(names) or 'No expert'} is left of {', '.join(forest)}. A mixture needs at least two experts: "
-            "name more with --experts, or leave out fewer with --without."
-        )
-    return names
-
-
-def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe: Recipe) -> ModelShape:
-    """Return the shape of the mixture. Raises ForestError if the experts make none."""
-    if (run.experts / MOE).is_dir() or MOE in config.all_domains:
-        raise ForestError(
-            f"{run.root} has an expert or a domain called '{MOE}', which is the name of a run's mixture. Merge the "
-            "experts outside of the run: btm-scale merge OUT A B --method moe"
-        )
-    if recipe.router not in ROUTERS:
-        raise ForestError(unknown_name("router", recipe.router, ROUTERS))
-    models = [*names, *([recipe.shared_expert] if recipe.shared_expert is not None else [])]
-    if recipe.shared_expert is not None and recipe.shared_expert not in finished_models(run):
-        raise ForestError(f"--shared-expert: {unknown_name('model', recipe.shared_expert, finished_models(run))}")
-    shapes = {name: read_shape(run.model(name)) for name in models}
-    first = names[0]
-    if other := next((name for name in models if shapes[name] != shapes[first]), None):
-        differing = ", ".join(
-            f"{field} {getattr(shapes[first], field)} and {getattr(shapes[other], field)}"
-            for field in ModelShape.model_fields
-            if getattr(shapes[first], field) != getattr(shapes[other], field)
-        )
-        raise ForestError(
-            f"'{first}' and '{other}' have different shapes: {differing}. The experts of a mixture have one shape. "
-            + (f"Leave one out: --without {other}" if other in names else "Use another shared expert, or none.")
-        )
-    if not 1 <= recipe.top_k <= len(names):
-        raise ForestError(
-            f"--top-k is {recipe.top_k}, and there are {len(names)} experts. A token is computed by at least 1 and at "
-            "most all of them: change it."
-        )
-    try:
-        shape = shapes[first].mixture(len(names), recipe.top_k, shared_expert=recipe.shared_expert is not None)
-    except ValueError as error:
-        raise ForestError(str(error)) from None
-    if recipe.router != "random":
-        for name in names:
-            domains_of_expert(config, run, name)
-    return shape
 
 
 def _require_mergeable(run: RunDir, names: Sequence[str], recipe: Recipe) -> None:
@@ -190,35 +127,10 @@ def _require_mergeable(run: RunDir, names: Sequence[str], recipe: Recipe) -> Non
             dtype=promoted_dtype(directories),
             max_shard_bytes=float("inf"),
             seed=0,
-            ingredients=Ingredients(tuple(names), shared_expert=_shared_expert(run, recipe)),
+            ingredients=Ingredients(tuple(names), shared_expert=shared_directory(run, recipe)),
         )
     except CheckpointError as error:
         raise ForestError(str(error)) from None
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    settings: dict[str, Any] = {"top_k": recipe.top_k, "router": recipe.router}
-    settings |= {"random_seed": recipe.random_seed} if recipe.router == "random" else {}
-    return settings | ({} if recipe.shared_expert is None else {"shared_expert": recipe.shared_expert})
-
-
-def _shared_expert(run: RunDir, recipe: Recipe) -> Path | None:
-    return None if recipe.shared_expert is None else run.model(recipe.shared_expert)
-
-
-def _card(run: RunDir, names: Sequence[str], settings: Mapping[str, Any], shared_expert: str | None) -> Expert:
-    """Return the card of a mixture, without its hash."""
-    read = dict.fromkeys([*names, *([shared_expert] if shared_expert is not None else [])])
-    return Expert(
-        name=MOE,
-        domains={},
-        parents=tuple(Parent(name, 1 / len(names)) for name in names),
-        tokens=0,
-        steps=0,
-        layout=dict(settings),
-        data_fingerprint={name: read_expert(run.model(name)).content_hash for name in read},
-        content_hash="",
-    )
 
 
 def _make(
@@ -245,7 +157,7 @@ def _make(
             dtype=promoted_dtype(directories),
             jobs=jobs,
             random_seed=recipe.random_seed,
-            ingredients=Ingredients(tuple(names), router, shared, shared_expert=_shared_expert(run, recipe)),
+            ingredients=Ingredients(tuple(names), router, shared, shared_expert=shared_directory(run, recipe)),
         )
         return report.content_hash
 

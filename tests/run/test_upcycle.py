@@ -31,7 +31,8 @@ from btm_scale.forest.scores import evaluation_text
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run import upcycle as module
-from btm_scale.run.upcycle import Recipe, upcycle
+from btm_scale.run.mixture_recipe import Recipe
+from btm_scale.run.upcycle import upcycle
 from btm_scale.run_dir import MOE, RunDir, finished_models
 from btm_scale.serve.catalog import catalog_of
 

@@ -18,7 +18,8 @@ from btm_scale.evaluate.mixture_facts import mixture_note
 from btm_scale.forest.expert import CARD, read_expert
 from btm_scale.forest.scores import missing_scores
 from btm_scale.run import mixture_stage
-from btm_scale.run.upcycle import Recipe, upcycle
+from btm_scale.run.mixture_recipe import Recipe
+from btm_scale.run.upcycle import upcycle
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import is_trained, training_job
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import CARD, read_expert
-from btm_scale.run.upcycle import Recipe, upcycle
+from btm_scale.run.mixture_recipe import Recipe
+from btm_scale.run.upcycle import upcycle
 from btm_scale.run_dir import MOE, RunDir
 
 
