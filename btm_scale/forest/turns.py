@@ -7,7 +7,10 @@
 | `evaluate` | `forest`, exclusive | `forest add`, `score`, `evaluate`, `forest remove` |
 | `forest remove` | all, exclusive | all of the above; it is refused during `run`, `ablate`, `mixture` and training |
 | `upcycle` | `upcycle`, exclusive, and `use`, shared; to publish and score what these hold | `forest remove` |
+| the stage `moe` of `run` | while it makes the mixture `upcycle`, exclusive; to publish it what `evaluate` holds | |
 | `run`, `ablate`, `mixture` | `use`, shared; `run` also what its stages hold | `forest remove` |
+
+`upcycle` and the stage `moe` do not wait for each other: the later one is refused.
 
 A command that needs several takes them in the order config, use, forest, so that none can deadlock.
 """
@@ -20,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.run_dir import RunDir
-from btm_scale.util.locks import ModelLock, alone, alone_at_once, holder_of, shared
+from btm_scale.util.locks import ModelLock, alone, alone_at_once, held, holder_of, shared
 
 
 def changing_config(run: RunDir) -> AbstractContextManager[None]:
@@ -41,6 +44,18 @@ def scoring(run: RunDir) -> AbstractContextManager[None]:
 def evaluating(run: RunDir) -> AbstractContextManager[None]:
     """Return a context in which the forest and its scores do not change, and no other process evaluates them."""
     return alone(run.forest_lock)
+
+
+@contextmanager
+def making_mixture(run: RunDir) -> Iterator[None]:
+    """Hold what making the run's mixture of experts needs. Raises ForestError if another process makes it."""
+    with held(run.upcycle_lock) as is_ours:
+        if not is_ours:
+            raise ForestError(
+                f"The mixture of experts of {run.root} is being made by {holder_of(run.upcycle_lock)}. Wait for it, or "
+                "stop it."
+            )
+        yield
 
 
 @contextmanager

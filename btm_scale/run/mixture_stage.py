@@ -12,6 +12,7 @@ from btm_scale.config.moe import mixture_experts
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.patience import patient_group
+from btm_scale.forest.turns import making_mixture
 from btm_scale.run.mixture_recipe import Recipe
 from btm_scale.run.upcycle import make_mixture
 from btm_scale.run_dir import MOE, RunDir
@@ -28,7 +29,7 @@ def first_mixture(group: ExpertGroup, config: RunConfig, run: RunDir, job: Train
     """Return the mixture that its training begins with, which the first rank makes. All ranks call this together.
 
     It replaces a mixture of other experts or settings, and removes the training of that one. If the config trains the
-    mixture for no step, it is the run's mixture itself.
+    mixture for no step, it is the run's mixture itself. Raises ForestError while `upcycle` makes one.
     """
     path = run.mixture_start if job.steps else run.model(MOE)
     if group.is_first and job.layout.tensor > 1:
@@ -48,14 +49,15 @@ def first_mixture(group: ExpertGroup, config: RunConfig, run: RunDir, job: Train
                 old = run.train(MOE) / name
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
-        make_mixture(
-            config,
-            run,
-            recipe,
-            path,
-            settings=mixture_settings(config),
-            before=forget_training,
-            device=str(group.device),
-        )
+        with making_mixture(run):
+            make_mixture(
+                config,
+                run,
+                recipe,
+                path,
+                settings=mixture_settings(config),
+                before=forget_training,
+                device=str(group.device),
+            )
     dist.barrier(merged)
     return path

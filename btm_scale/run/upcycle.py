@@ -17,15 +17,17 @@ from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
 from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import CheckpointError, ForestError
+from btm_scale.errors import CheckpointError, ForestError, WorkerLost
 from btm_scale.forest.expert import CARD, Expert, find_expert, read_expert
 from btm_scale.forest.routed_router import fitted_routed
 from btm_scale.forest.router import ROUTED, gates
 from btm_scale.forest.router_sums import router_sums, texts_of_expert
 from btm_scale.forest.scores import with_sorted_header
 from btm_scale.forest.shared_tensors import share_the_rest
-from btm_scale.forest.turns import current_config, evaluating, scoring, using
+from btm_scale.forest.turns import current_config, evaluating, making_mixture, scoring, using
 from btm_scale.model.shape import ModelShape
+from btm_scale.run import mixture_leftovers
+from btm_scale.run.mixture_leftovers import new_path, unrouted_path
 from btm_scale.run.mixture_recipe import (
     Recipe,
     card_of_mixture,
@@ -37,7 +39,6 @@ from btm_scale.run.mixture_recipe import (
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, publish_directory, write_file
-from btm_scale.util.locks import held
 from btm_scale.util.provenance import NAME as PROVENANCE
 
 logger = logging.getLogger(__name__)
@@ -60,24 +61,24 @@ def upcycle(
     No expert is removed meanwhile. Raises ForestError, before anything is written, if the experts make no mixture,
     another process makes one, or the run's mixture was trained.
     """
-    with using(run), held(run.upcycle_lock) as is_ours:
-        if not is_ours:
-            raise ForestError(f"Another process makes the mixture of experts of {run.root}. Wait for it, or stop it.")
+
+    def require_untrained() -> None:
+        former = find_expert(run.model(MOE))
+        if former is not None and former.joint_steps:
+            raise ForestError(
+                f"{run.model(MOE)} was trained jointly for {former.joint_steps:,} steps, and upcycle would replace it "
+                "by a mixture that is not trained. Move it out of the run first, or train another one: btm-scale run "
+                "CONFIG"
+            )
+
+    with using(run), making_mixture(run):
         config = current_config(config, run)
-        _require_untrained(run)
-        made = make_mixture(config, run, recipe, run.model(MOE), device=device, jobs=jobs)
+        made = make_mixture(
+            config, run, recipe, run.model(MOE), may_replace=require_untrained, device=device, jobs=jobs
+        )
         with scoring(run):
             score_models(config, run, [MOE])
         return made
-
-
-def _require_untrained(run: RunDir) -> None:
-    former = find_expert(run.model(MOE))
-    if former is not None and former.joint_steps:
-        raise ForestError(
-            f"{run.model(MOE)} was trained jointly for {former.joint_steps:,} steps, and upcycle would replace it by a "
-            "mixture that is not trained. Move it out of the run first, or train another one: btm-scale run CONFIG"
-        )
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
@@ -95,13 +96,17 @@ def make_mixture(
     *,
     settings: Mapping[str, Any] | None = None,
     before: Callable[[], None] = lambda: None,
+    may_replace: Callable[[], None] = lambda: None,
     device: str = "cpu",
     jobs: int | None = None,
 ) -> Upcycled:
     """Make a mixture of experts at `final`, unless that is the same already. `before` is called when it is not.
 
-    `settings` are recorded in its card, by default the recipe's. Raises ForestError as `upcycle` does.
+    `settings` are recorded in its card, by default the recipe's. `may_replace` raises if the former mixture must stay;
+    it is called first and, in case that was made meanwhile, before it is replaced. The caller holds the lock of
+    `making_mixture`. Raises ForestError as `upcycle` does.
     """
+    may_replace()
     names = chosen_experts(run, recipe)
     shape = shape_of_mixture(config, run, names, recipe)
     card = card_of_mixture(run, names, settings or settings_of(recipe), recipe.shared_expert)
@@ -111,7 +116,15 @@ def make_mixture(
         _require_mergeable(run, names, recipe)
         shared = share_the_rest(run, {name: read_expert(run.model(name)) for name in names})
         before()
-        _make(config, run, card, shape, recipe, final, shared, device, jobs)
+        mixture_leftovers.begin(final, card)
+        try:
+            _make(config, run, card, shape, recipe, final, shared, may_replace, device, jobs)
+        except WorkerLost:  # the merge resumes
+            raise
+        except Exception:
+            mixture_leftovers.remove(final)
+            raise
+    mixture_leftovers.remove(final)
     return Upcycled(read_expert(final), shape, is_complete)
 
 
@@ -141,6 +154,7 @@ def _make(
     recipe: Recipe,
     final: Path,
     shared: bool,
+    may_replace: Callable[[], None],
     device: str,
     jobs: int | None,
 ) -> None:
@@ -163,7 +177,7 @@ def _make(
 
     router = None
     if recipe.router == ROUTED:
-        unrouted = final.with_name(f".{final.name}.unrouted")
+        unrouted = unrouted_path(final)
         shutil.rmtree(unrouted, ignore_errors=True)
         try:
             merged(unrouted, None)
@@ -174,7 +188,7 @@ def _make(
             shutil.rmtree(unrouted, ignore_errors=True)
     elif recipe.router != "random":
         router = _write_gates(run, _gates(config, run, names, shape, recipe.router, device))
-    new = final.with_name(f".{final.name}.new")
+    new = new_path(final)
     shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
     logger.info("merging %s into one mixture of experts", ", ".join(names))
     content_hash = merged(new, router)
@@ -183,9 +197,10 @@ def _make(
             (new / PROVENANCE).unlink(missing_ok=True)  # expert.json is the record of a model in a run
             card.model_copy(update={"content_hash": content_hash}).write(new / CARD)
             with evaluating(run):  # which reads the former one
+                may_replace()
                 publish_directory(new, final, replace=True)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        mixture_leftovers.remove(final)
         raise
 
 

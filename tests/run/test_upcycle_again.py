@@ -11,6 +11,8 @@ import pytest
 from helpers.handmade_run import DOMAINS, score_dev
 from helpers.upcycling import Run, files_of, unscored
 
+from btm_scale.checkpoint.merge import workers
+from btm_scale.checkpoint.merge.runner import UnitRunner
 from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
@@ -18,6 +20,7 @@ from btm_scale.evaluate.mixture_facts import mixture_note
 from btm_scale.forest.expert import CARD, read_expert
 from btm_scale.forest.scores import missing_scores
 from btm_scale.run import mixture_stage
+from btm_scale.run import upcycle as module
 from btm_scale.run.mixture_recipe import Recipe
 from btm_scale.run.upcycle import upcycle
 from btm_scale.run_dir import MOE, RunDir
@@ -84,3 +87,98 @@ def test_a_mixture_that_was_trained_jointly_is_only_replaced_by_the_run(run: Run
     assert mixture_note(folder, read_expert(directory)).endswith("Make it again: btm-scale run CONFIG")
     directory.rename(directory.with_name("kept"))
     assert not upcycle(config, folder, Recipe(router="fitted")).is_complete
+
+
+def test_a_mixture_that_was_trained_meanwhile_is_not_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, folder = run
+    upcycle(config, folder, Recipe(router="random"))
+    merge = module.merge
+
+    def training_ends(*arguments: Any, **settings: Any) -> Any:
+        read_expert(folder.model(MOE)).model_copy(update={"layout": TRAINED, "steps": 9}).save(folder.model(MOE) / CARD)
+        return merge(*arguments, **settings)
+
+    monkeypatch.setattr(module, "merge", training_ends)
+    with pytest.raises(ForestError, match="trained jointly for 9 steps"):
+        upcycle(config, folder, Recipe(router="random", top_k=1))
+    assert read_expert(folder.model(MOE)).steps == 9
+    assert left_in(folder) == []
+
+
+def test_the_command_and_the_stage_do_not_make_a_mixture_at_the_same_time(
+    run: Run, in_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = run
+    merge, refused = module.merge, []
+
+    def meanwhile(*arguments: Any, **settings: Any) -> Any:
+        for make in (lambda: in_stage(of_top_k(config, 2), folder), lambda: upcycle(config, folder, Recipe())):
+            with pytest.raises(ForestError, match="is being made by") as refusal:
+                make()
+            refused.append(refusal)
+        return merge(*arguments, **settings)
+
+    monkeypatch.setattr(module, "merge", meanwhile)
+    upcycle(config, folder, Recipe(router="hidden"))
+    in_stage(of_top_k(config, 1), folder)
+    assert len(refused) == 4, "by the command, and by the stage"
+    assert read_expert(folder.model(MOE)).layout == {"top_k": 1, "router": "fitted"}
+
+
+def left_in(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.root.glob(".*moe*"))
+
+
+def interrupt(recipe: Recipe, at: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill the merge that is the `at`-th of a recipe after a few tensors."""
+    merge, merge_unit, done = module.merge, UnitRunner.__call__, {"merges": 0, "units": 0}
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        done["merges"] += 1
+        return merge(*arguments, **settings)
+
+    def stopping(self: UnitRunner, unit: Any) -> Any:
+        if done["merges"] == at:
+            done["units"] += 1
+            if done["units"] == 10:
+                raise KeyboardInterrupt
+        return merge_unit(self, unit)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "_NOTE_EVERY", 1)
+        patched.setattr(workers, "MOST", 1)
+        patched.setattr(module, "merge", counted)
+        patched.setattr(UnitRunner, "__call__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            upcycle(*run, recipe)
+
+
+@pytest.mark.parametrize(("at", "left"), [(1, "..moe.unrouted.partial"), (2, "..moe.new.partial")])
+@pytest.mark.parametrize("other", [Recipe(router="random", top_k=1), Recipe(router="random")], ids=["new", "as it is"])
+def test_what_an_interrupted_upcycle_left_is_removed_by_another_recipe(
+    at: int, left: str, other: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upcycle(*run, Recipe(router="random"))
+    assert left_in(run[1]) == []
+    interrupt(Recipe(), at, run, monkeypatch)
+    assert left in left_in(run[1])
+    upcycle(*run, other)
+    assert left_in(run[1]) == []
+
+
+def test_the_space_of_another_recipe_is_free_before_the_next_is_merged(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(Recipe(), 2, run, monkeypatch)
+    folder = run[1].root / "..moe.new.partial"
+    assert folder.is_dir()
+    merge = module.merge
+
+    def checked(*arguments: Any, **settings: Any) -> Any:
+        assert not folder.exists()
+        return merge(*arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "merge", checked)
+        upcycle(*run, Recipe(top_k=1))
+    assert left_in(run[1]) == []
