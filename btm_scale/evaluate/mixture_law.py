@@ -66,14 +66,26 @@ class Linear(Law):
         """Return the regressors that the parameters multiply, [..., size]."""
         return mixtures
 
+    def products(self, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Return the inner products [n, m] of the terms of mixtures [n, components] and others [m, components]."""
+        products: np.ndarray = ones @ others.T
+        return products
+
     def uncertainty(self, measured: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Return the variance [n] of a prediction for each candidate, in variances of a measured loss.
 
-        The candidate with the largest is the next to measure (D-optimal design).
+        The candidate with the largest is the next to measure (D-optimal design). Solves for the parameters or, while
+        there are fewer mixtures, in the dual form: x'(X'X + pI)^-1 x = (x'x - x'X'(XX' + pI)^-1 Xx) / p.
         """
-        known, terms = self.terms(measured), self.terms(candidates)
-        precision = known.T @ known + _PRIOR * np.eye(known.shape[1])
-        return np.einsum("ni,in->n", terms, np.linalg.solve(precision, terms.T))
+        if len(measured) >= self.size(measured.shape[1]):
+            known, terms = self.terms(measured), self.terms(candidates)
+            precision = known.T @ known + _PRIOR * np.eye(known.shape[1])
+            return np.einsum("ni,in->n", terms, np.linalg.solve(precision, terms.T))
+        between = self.products(candidates, measured)
+        kernel = self.products(measured, measured) + _PRIOR * np.eye(len(measured))
+        explained = np.einsum("ni,in->n", between, np.linalg.solve(kernel, between.T))
+        variances: np.ndarray = (np.diagonal(self.products(candidates, candidates)) - explained) / _PRIOR
+        return variances
 
     def fit(self, mixtures: np.ndarray, losses: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Solve the linear least squares problem."""
@@ -114,6 +126,11 @@ class Quadratic(Linear):
         """Return the weights and their products."""
         one, other = np.triu_indices(mixtures.shape[-1], 1)
         return np.concatenate([mixtures, mixtures[..., one] * mixtures[..., other]], axis=-1)
+
+    def products(self, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Return the inner products of the weights and of their products, without the m(m-1)/2 products themselves."""
+        linear = super().products(ones, others)
+        return linear + (linear**2 - ones**2 @ (others**2).T) / 2.0
 
     def derivatives(self, parameters: np.ndarray, mixture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return c + Q w and Q, which is symmetric with zeros on its diagonal."""

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm_scale.evaluate.mixture_law import LAWS, Fit, Law, chosen, fit_laws, needed
+from btm_scale.evaluate.mixture_law import LAWS, Fit, Law, Quadratic, chosen, fit_laws, needed
 from btm_scale.evaluate.mixture_optimum import lowest_mean, meets
+from btm_scale.evaluate.mixture_runs import drawn
 
 NOISE = 1e-3  # nats
 BY_NAME = {law.name: law for law in LAWS}
@@ -121,3 +122,30 @@ def test_the_leverage_is_the_largest_where_nothing_was_measured() -> None:
     fit = chosen(fit_laws(mixtures, LAWS[-1].loss(some_parameters(LAWS[-1], 3, random), mixtures)))
     leverage = fit.leverages(np.array([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]), mixtures)
     assert leverage[0] > fit.leverages(mixtures, mixtures).max() > leverage[1]
+
+
+@pytest.mark.parametrize(("components", "measured"), [(2, 3), (5, 6), (5, 14), (5, 15), (16, 40), (24, 100)])
+def test_the_uncertainty_is_that_of_the_fitted_parameters_however_few_mixtures_are_measured(
+    components: int, measured: int
+) -> None:
+    generator = np.random.default_rng(components)
+    mixtures, candidates = (generator.dirichlet(np.ones(components), count) for count in (measured, 8))
+    law = Quadratic()
+    known, terms = law.terms(mixtures), law.terms(candidates)
+    covariance = np.linalg.inv(known.T @ known + 1e-4 * np.eye(law.size(components)))
+    expected = np.einsum("ni,ij,nj->n", terms, covariance, terms)
+    np.testing.assert_allclose(law.uncertainty(mixtures, candidates), expected, rtol=1e-6)
+
+
+def test_drawing_mixtures_of_many_models_solves_no_system_larger_than_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solve, sizes = np.linalg.solve, list[int]()
+
+    def noted(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+        sizes.append(len(matrix))
+        return solve(matrix, right)
+
+    monkeypatch.setattr(np.linalg, "solve", noted)
+    assert len(drawn([f"m{number:02d}" for number in range(30)], 40)) == 40
+    assert max(sizes) == 39
