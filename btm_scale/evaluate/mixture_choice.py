@@ -69,12 +69,13 @@ def choose(
     `goal.keep`.
     """
     fitted = _fit(measured, texts, sorted(names))
-    total = sum(goal.targets.values())
-    targets = {name: weight / total for name, weight in goal.targets.items()}
+    largest = max(goal.targets.values())  # their sum may overflow
+    total = sum(weight / largest for weight in goal.targets.values())
+    targets = {name: weight / largest / total for name, weight in goal.targets.items()}
     if goal.keep and not fitted.seed:
         raise UserError("--keep compares with the seed LM, whose loss could not be measured. Leave --keep out.")
     trained = trained_losses(fitted.fits, fitted.names, related or {}) if fitted.seed else {}
-    objective = [((trained or fitted.fits)[name], weight) for name, weight in targets.items()]
+    objective = [((trained or fitted.fits)[name], weight) for name, weight in targets.items() if weight > 0]
     limits = [(fitted.fits[name], fitted.seed[name] + math.log(ratio)) for name, ratio in goal.keep.items()]
     weights = lowest_mean(objective, limits, fitted.mixtures)
     if weights is None:

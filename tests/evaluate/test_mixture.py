@@ -222,6 +222,23 @@ def test_the_order_of_models_and_measurements_changes_nothing() -> None:
     assert all(sum(mixture.values()) == pytest.approx(1.0) for mixture in drawn(names, 30))
 
 
+@pytest.mark.parametrize(
+    ("huge", "usual"),
+    [
+        ({"math": 1e308, "code": 1e308}, {"math": 1.0, "code": 1.0}),
+        ({"math": 1.7e308, "code": 1e308}, {"math": 1.7, "code": 1.0}),
+        ({"math": 1e300, "code": 1e-300}, {"math": 1.0}),
+    ],
+)
+def test_targets_of_any_size_are_proportions(huge: dict[str, float], usual: dict[str, float]) -> None:
+    names = ["math", "code", "seed"]
+    texts: Any = {name: FakeText(name) for name in ("math", "code")}
+    measured = measured_mixtures(names, list(texts), 24)
+    found, expected = (choose(measured, texts, names, MixtureGoal(targets, {})) for targets in (huge, usual))
+    assert found.weights == pytest.approx(expected.weights, abs=1e-9)
+    assert found.mean.predicted == pytest.approx(expected.mean.predicted)
+
+
 def test_what_must_be_kept_is_kept() -> None:
     free = chosen_mixture(["a", "b", "seed"], keep={"general": 10.0})
     kept = chosen_mixture(["a", "b", "seed"], keep={"general": 0.73})
