@@ -90,7 +90,7 @@ def ablate(
         key = _key([hashes[name] for name in subset], [text.fingerprint for text in texts.values()])
         if key not in measured:
             losses = _average_losses(run, subset, texts, vocabulary, device)
-            if max(losses.values()) > MAX_LOSS:
+            if not all(loss <= MAX_LOSS for loss in losses.values()):  # NaN is not
                 name = " + ".join(subset)
                 logger.warning("the average of %s diverged: its losses are %s nats per token; left out", name, losses)
                 continue

@@ -22,6 +22,7 @@ from btm_scale.evaluate.mixture_record import ChosenMixture, CriticalReplay, Mea
 from btm_scale.evaluate.results import MAX_LOSS
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import require_experts
+from btm_scale.forest.nonfinite import nonfinite_models
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.files import make_directory
 from btm_scale.util.locks import alone
@@ -108,14 +109,17 @@ def measure(
     """Measure what is not in evaluation/mixture.json, and return every mixture of these models that has these losses.
 
     That includes mixtures that earlier calls measured for other draws, or before the forest grew. Each result is
-    written at once. A mixture that diverged is left out with a warning. Raises CheckpointError for models of different
-    shapes.
+    written at once. A mixture that diverged is left out with a warning. Raises ForestError for a model that diverged
+    alone and in an average, and CheckpointError for models of different shapes.
     """
     hashes = _hashes(run, mixtures)
     vocabulary = Tokenizer.load(run.tokenizer).vocab_size
+    diverged: list[Mixture] = []
     for mixture, lacking in unmeasured(run, texts, mixtures):
         losses = average_losses(run, mixture, lacking, vocabulary, device)
         if not all(loss <= MAX_LOSS for loss in losses.values()):
+            diverged.append(mixture)
+            _require_averages(run, diverged)
             logger.warning("the average with weights %s diverged: its losses are %s; left out", mixture, losses)
             continue
         by_text = {lacking[name].fingerprint: loss for name, loss in losses.items()}
@@ -129,6 +133,20 @@ def measure(
     others = recorded.keys() - {key for key, _ in keyed}
     found += [recorded[key] for key in others if _is_of(recorded[key], hashes)]
     return sorted(found, key=lambda one: (one.key, sorted(one.weights.items())))
+
+
+def _require_averages(run: RunDir, diverged: Sequence[Mixture]) -> None:
+    """Raise ForestError if a model is diverged: no law describes averages with it."""
+    alone = {name for mixture in diverged if len(mixture) == 1 for name in mixture}
+    averaged = {name for mixture in diverged if len(mixture) > 1 for name in mixture}
+    if not (broken := sorted(alone & averaged)):
+        return
+    name = (nonfinite_models(run, broken) or broken)[0]
+    remedy = "Train it again" if name == SEED else f"Remove it (btm-scale forest remove {run.root} {name})"
+    raise ForestError(
+        f"'{name}' has diverged: its losses, and those of averages with it, are not numbers or exceed {MAX_LOSS:g} "
+        f"nats. {remedy}, or restore its weights."
+    )
 
 
 def save_chosen(run: RunDir, chosen: ChosenMixture) -> None:

@@ -30,7 +30,7 @@ def fitted_routed(
 
     `directory` is the mixture with any router; `texts` are those of each expert's domains, in the order of the experts.
     Unlike those of `fitted`, the sums that a row is made of depend on all experts. Raises ForestError if hidden states
-    are not numbers.
+    are not numbers, although the weights are.
     """
     model = load_causal_lm(directory).to(device).eval()
     gates = {}
@@ -38,8 +38,8 @@ def fitted_routed(
         sums = [_sums(model, layer, own, device) for own in texts]
         if not all(one.second.isfinite().all() for one in sums):
             raise ForestError(
-                f"The hidden states of {directory} are not numbers. The weights of an expert have NaN or infinities. "
-                "Check how the experts were trained."
+                f"The hidden states of the mixture before {name} are not numbers, although the experts' weights are: "
+                "they overflow in its dtype. Use --router random, or leave out an expert: --without NAME"
             )
         with one_torch_thread():
             rows = fitted(sums)

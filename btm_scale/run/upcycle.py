@@ -19,6 +19,7 @@ from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, WorkerLost
 from btm_scale.forest.expert import CARD, Expert, find_expert, read_expert
+from btm_scale.forest.nonfinite import nonfinite_models
 from btm_scale.forest.routed_router import fitted_routed
 from btm_scale.forest.router import ROUTED, gates
 from btm_scale.forest.router_sums import router_sums, texts_of_expert
@@ -173,6 +174,8 @@ def _make(
             random_seed=recipe.random_seed,
             ingredients=Ingredients(tuple(names), router, shared, shared_expert=shared_directory(run, recipe)),
         )
+        if report.nonfinite:
+            raise ForestError(_not_numbers(run, names, recipe))
         return report.content_hash
 
     router = None
@@ -202,6 +205,16 @@ def _make(
     except BaseException:
         mixture_leftovers.remove(final)
         raise
+
+
+def _not_numbers(run: RunDir, names: Sequence[str], recipe: Recipe) -> str:
+    """Return why a mixture would have NaN or infinities."""
+    diverged = nonfinite_models(run, dict.fromkeys([*names, *([recipe.shared_expert] if recipe.shared_expert else [])]))
+    remedy = " ".join(f"--without {name}" for name in diverged if name in names) or "another --shared-expert"
+    return (
+        f"The weights of {', '.join(diverged)} have NaN or infinities, and so would the mixture. Check how they were "
+        f"trained, or leave them out: {remedy}"
+    )
 
 
 def _gates(

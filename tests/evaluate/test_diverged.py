@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -43,20 +44,22 @@ def test_a_diverged_expert_is_reported_by_name_and_left_out(
     json.loads(run.results.read_text(), parse_constant=pytest.fail)  # no Infinity, which is not JSON
 
 
+@pytest.mark.parametrize("loss", [1000.0, math.nan])
 def test_a_diverged_average_is_left_out_of_the_ranking(
+    loss: float,
     handmade: tuple[RunConfig, RunDir],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config, run = handmade
-    (tmp_path / "sample.txt").write_text("of this test alone")
+    (tmp_path / "sample.txt").write_text(f"of this test alone {loss}")
     text = file_text(config, run, tmp_path / "sample.txt")
     losses = ablation._average_losses
 
     def diverges(run: RunDir, subset: tuple[str, ...], *arguments: object) -> dict[str, float]:
         measured = losses(run, subset, *arguments)  # type: ignore[arg-type]
-        return dict.fromkeys(measured, 1000.0) if subset == ("cpp",) else measured
+        return dict.fromkeys(measured, loss) if subset == ("cpp",) else measured
 
     monkeypatch.setattr(ablation, "_average_losses", diverges)
     with caplog.at_level(logging.WARNING):

@@ -263,6 +263,17 @@ def test_a_diverged_average_is_left_out_with_a_warning(
     assert len(MixtureRecord.load(run.mixture).measured) == 11
 
 
+@pytest.mark.parametrize("name", ["docs", SEED])
+def test_a_model_that_diverged_is_named_after_it_was_measured_alone(
+    name: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = MeasuredHere(monkeypatch, lambda weights, text: math.nan if name in weights else known_loss(weights, text))
+    said = refusal("mixture", run.root)
+    assert f"'{name}' has diverged" in said
+    assert ("Train it again" if name == SEED else f"btm-scale forest remove {run.root} docs") in said
+    assert here.calls[-1][0] == {name: 1.0}
+
+
 def test_a_run_without_a_seed_mixes_its_experts(run: RunDir, here: MeasuredHere) -> None:
     shutil.rmtree(run.model(SEED))
     found = answer("mixture", run.root, "--runs", 16)

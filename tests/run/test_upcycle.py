@@ -256,6 +256,23 @@ def test_what_makes_no_mixture_is_refused_before_anything_is_written(
     assert files_of(run[1].root) == before
 
 
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(router="random"), Recipe(without=("docs",), shared_expert="docs")])
+def test_an_expert_whose_weights_are_not_numbers_is_named(recipe: Recipe, tensor: str, run: Run) -> None:
+    weights = load_file(run[1].model("docs") / WEIGHTS)
+    weights[tensor].view(-1)[0] = float("nan")
+    change(run[1].model("docs"), weights)
+    if recipe.shared_expert and ".mlp." not in tensor:  # of which only the MLPs are taken
+        assert not upcycle(*run, recipe).is_complete
+        return
+    remedy = "another --shared-expert" if recipe.shared_expert else "--without docs"
+    message = f"The weights of docs have NaN or infinities.* leave them out: {remedy}$"
+    with pytest.raises(ForestError, match=message):
+        upcycle(*run, recipe)
+    assert not run[1].model(MOE).exists()
+    assert [path.name for path in run[1].root.glob(".*moe*")] == []
+
+
 def test_the_results_say_how_large_the_model_is_and_whether_the_forest_has_changed_since(run: Run) -> None:
     def note() -> str:
         return mixture_note(run[1], read_expert(run[1].model(MOE)))
