@@ -61,7 +61,7 @@ def mixture_sequences(config: RunConfig) -> int:
     assert config.moe is not None
     own = config.moe.train.batch_tokens
     if own is not None:
-        return max(1, own // config.budget.sequence_length)
+        return own // config.budget.sequence_length
     return max(1, config.budget.sequences // len(mixture_experts(config)))
 
 
@@ -111,6 +111,9 @@ def mixture_problems(config: RunConfig) -> Iterator[str]:
             "moe.train.parameters: the weight of a token's only expert is 1, so that routers of top_k 1 learn nothing "
             "from the text. Set top_k to 2 or more, or parameters to all."
         )
+    if problem := config.budget.batch_problem(config.moe.train.batch_tokens):
+        yield f"moe.train: {problem}"
+        return
     try:
         shape = mixture_shape(config, vocabulary=1)
     except ValueError as error:

@@ -138,6 +138,11 @@ class RunConfig(Section):
             for name, expert in self.experts.items()
             if expert.model is not None and expert.train != "all"
         ]
+        problems += [
+            f"experts.{name}: {problem}"
+            for name, expert in self.experts.items()
+            if (problem := self.budget.batch_problem(expert.batch_tokens))
+        ]
         own = {"seed_layout": (self.model, self.seed_layout)} | {
             f"experts.{name}.layout": (self.expert_model(name), expert.layout) for name, expert in self.experts.items()
         }

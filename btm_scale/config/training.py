@@ -67,12 +67,8 @@ class BudgetConfig(Section):
 
     @model_validator(mode="after")
     def _complete_sequences(self) -> BudgetConfig:
-        if self.batch_tokens % self.sequence_length:
-            sequences = max(1, round(self.batch_tokens / self.sequence_length))
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}. "
-                f"A batch has complete sequences: use {sequences * self.sequence_length}."
-            )
+        if problem := self.batch_problem(self.batch_tokens):
+            raise ValueError(problem)
         budgets = [*([self.seed_budget] if self.seed_budget is not None else []), *self.raised_from, self.tokens]
         if budgets != sorted(budgets) or len({*self.raised_from, self.tokens}) <= len(self.raised_from):
             raise ValueError(
@@ -86,6 +82,16 @@ class BudgetConfig(Section):
                 "seed LM."
             )
         return self
+
+    def batch_problem(self, batch_tokens: int | None) -> str | None:
+        """Return why a model's batch cannot have this many tokens; None if it can, or has the default."""
+        if batch_tokens is None or batch_tokens % self.sequence_length == 0:
+            return None
+        sequences = max(1, round(batch_tokens / self.sequence_length))
+        return (
+            f"batch_tokens {batch_tokens} is not a multiple of sequence_length {self.sequence_length}. "
+            f"A batch has complete sequences: use {sequences * self.sequence_length}."
+        )
 
     @property
     def sequences(self) -> int:

@@ -215,6 +215,24 @@ def test_batches_and_steps_do_not_depend_on_the_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"budget": {"batch_tokens": 300}}, "budget"),
+        ({"experts": {"math": {"batch_tokens": 300}}}, "experts.math"),
+        ({"moe": {"train": {"batch_tokens": 300}}}, "moe.train"),
+    ],
+)
+def test_a_batch_of_incomplete_sequences_is_refused_with_the_nearest(
+    changes: dict[str, Any], place: str, tmp_path: Path
+) -> None:
+    budget = {"sequence_length": 256, "batch_tokens": 4096, "tokens": 100_000} | changes.pop("budget", {})
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, {"domains": DOMAINS, "budget": budget, **changes})
+    problem = f"{place}: batch_tokens 300 is not a multiple of sequence_length 256. A batch has complete sequences: use"
+    assert f"{problem} 256." in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("changes", "messages"),
     [
         ({"layout": {"data": 3}}, ["layout: Cannot share a batch of 8 sequences among data=3 ranks. data must divide"]),
