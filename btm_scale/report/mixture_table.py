@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import compress
 from typing import Any
 
 from rich.console import Console
@@ -15,14 +16,17 @@ from btm_scale.config.yaml import dump_text
 from btm_scale.errors import first_few
 from btm_scale.evaluate.mixture_law import LAWS, needed
 from btm_scale.evaluate.mixture_record import ChosenMixture, Predicted
+from btm_scale.report.fitting import first_fitting
 from btm_scale.report.quantities import amount, size
 from btm_scale.report.quantities import time as time_text
-from btm_scale.report.summary import NOTHING, count, perplexity
+from btm_scale.report.summary import NOTHING, count, perplexity, shorten
 from btm_scale.util.terminal import printable
 
 logger = logging.getLogger(__name__)
 
 _DECIMALS = 3  # of a weight
+_COLUMNS = ("seed", "uniform", "average", "95%", "trained", "law", "R2")
+_LONGEST_NAMES = (64, 24, 16, 10)
 
 
 class Countdown:
@@ -52,7 +56,7 @@ def cost_sentence(cost: Mapping[str, Any]) -> str:
 
 def print_mixture(chosen: ChosenMixture, console: Console) -> None:
     """Print the predictions, the weights, warnings, and the section of the YAML to paste."""
-    console.print(mixture_table(chosen))
+    console.print(first_fitting(mixture_tables(chosen)))
     weights = ", ".join(f"{name} {weight:.{_DECIMALS}f}" for name, weight in chosen.weights.items())
     for sentence in (f"Weights: {weights}.", *trust(chosen), *text_notes(chosen)):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
@@ -61,14 +65,25 @@ def print_mixture(chosen: ChosenMixture, console: Console) -> None:
         console.print(printable(domains_yaml(chosen)).rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
-def mixture_table(chosen: ChosenMixture) -> Table:
-    """Return the table of predicted perplexities, with those of the seed LM and the uniform average, and R2."""
+def mixture_tables(chosen: ChosenMixture) -> Iterator[Table]:
+    """Yield versions of the table of predicted perplexities, with those of the seed LM and the uniform average, and R2.
+
+    Narrower ones have shorter names of texts, then fewer columns: no number is cut.
+    """
+    for absent in (set[str](), {"law"}, {"law", "95%"}, {"law", "95%", "uniform"}):
+        for longest in _LONGEST_NAMES:
+            yield _mixture_table(chosen, absent, longest)
+
+
+def _mixture_table(chosen: ChosenMixture, absent: set[str], longest: int) -> Table:
     title = "Perplexity of the chosen mixture, predicted (lower is better)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in ("text", "seed", "uniform", "average", "95%", "trained", "law", "R2"):
-        table.add_column(name, justify="left" if name in ("text", "law") else "right", no_wrap=True)
+    table.add_column("text", no_wrap=True)
+    shown = [name not in absent for name in _COLUMNS]
+    for name in compress(_COLUMNS, shown):
+        table.add_column(name, justify="left" if name == "law" else "right", no_wrap=True)
     for name, row in prediction_rows(chosen):
-        table.add_row(Text(printable(name)), *row)
+        table.add_row(Text(shorten(printable(name), longest)), *compress(row, shown))
     return table
 
 

@@ -7,21 +7,29 @@ from rich.table import Table
 from rich.text import Text
 
 from btm_scale.evaluate.mixture_record import CriticalReplay, ReplayedRun
+from btm_scale.report.fitting import first_fitting
+from btm_scale.report.summary import shorten
 from btm_scale.util.terminal import printable
 
+_LONGEST_NAMES = (200, 40, 24, 16, 10)
 COLUMNS = ("run", "other text", "replay", "tokens")
 
 
 def print_replay(critical: CriticalReplay, console: Console) -> None:
     """Print the measured runs, and the critical share."""
-    table = Table(title="Perplexity over the seed LM's", title_justify="left", box=None, pad_edge=False)
-    for name in (*COLUMNS, *(printable(text) for text in critical.perplexity)):
-        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
-    for name, row in replay_rows(critical):
-        table.add_row(Text(printable(name)), *row)
-    console.print(table)
+    console.print(first_fitting(_replay_table(critical, longest) for longest in _LONGEST_NAMES))
     for sentence in replay_sentences(critical):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
+
+
+def _replay_table(critical: CriticalReplay, longest: int) -> Table:
+    """Return the table with names of at most this many characters, so that no number is cut."""
+    table = Table(title="Perplexity over the seed LM's", title_justify="left", box=None, pad_edge=False)
+    for name in (*COLUMNS, *(shorten(printable(text), longest) for text in critical.perplexity)):
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    for name, row in replay_rows(critical):
+        table.add_row(Text(shorten(printable(name), longest)), *row)
+    return table
 
 
 def replay_rows(critical: CriticalReplay) -> list[tuple[str, list[str]]]:

@@ -13,7 +13,7 @@ from btm_scale.report import figures
 from btm_scale.report.figures.style import NARROW
 from btm_scale.report.mixture_table import cost_sentence, print_mixture, trust
 from btm_scale.report.page import render_page
-from btm_scale.report.replay_table import replay_sentences
+from btm_scale.report.replay_table import print_replay, replay_sentences
 from btm_scale.report.sections import sections
 
 COST = {"runs": 24, "to_measure": 20, "tokens": 2_000_000, "disk_bytes": 5_000_000, "seconds": 34.0}
@@ -72,6 +72,36 @@ def test_the_terminal_shows_predictions_weights_and_the_distance_to_what_was_mea
     assert "mean" in text
     assert "Weights: code 0." in text
     assert "The nearest of 24 measured averages differs in" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("longest", [4, 20, 64])
+def test_a_narrow_terminal_shortens_names_and_leaves_columns_out_but_cuts_no_number(width, longest):
+    names = [f"{name}{'-' * (longest - len(name) - 1)}x" for name in ("law", "med")]
+    chosen = chosen_mixture([*names, "seed"])
+    huge = chosen.perplexity[names[0]].model_copy(update={"seed": 12345.6, "interval": (9876.5, 12345.6)})
+    law = {name: fit.model_copy(update={"law": "exponential"}) for name, fit in chosen.fit.items()}
+    changed = chosen.model_copy(update={"perplexity": {**chosen.perplexity, names[0]: huge}, "fit": law})
+    lines = [line.split() for line in printed(changed, width).splitlines()]
+    begin = next(i for i, words in enumerate(lines) if words[0] == "text")
+    rows = lines[begin : begin + 4]
+    assert rows[0][-1] == "R2"
+    for row in rows[1:3]:
+        assert row[-1] == "1.000"
+        assert not any("\u2026" in word for word in row[1:])
+    if width == 120:
+        assert rows[0][1:] == ["seed", "uniform", "average", "95%", "trained", "law", "R2"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_table_of_replay_cuts_no_number(width):
+    named = dict.fromkeys(("law-and-order-and-more-of-it", "general-text-of-the-web"), 1.02)
+    one = REPLAY.measured[0].model_copy(update={"run": "/a/long/path/of/a/run/with/replay", "perplexity": named})
+    fits = dict(zip(named, REPLAY.fit.values(), strict=True))
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    print_replay(REPLAY.model_copy(update={"perplexity": named, "fit": fits, "measured": (one,)}), console)
+    row = console.file.getvalue().splitlines()[2].split()
+    assert row[1:] == ["0.100", "0.133", "4,000", "1.020", "1.020"]
 
 
 def test_an_extrapolation_and_a_poor_law_are_said():
