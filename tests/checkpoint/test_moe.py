@@ -314,7 +314,7 @@ def test_a_recipe_of_mergekit_moe_takes_all_but_the_mlps_from_its_base(
     ("changes", "message"),
     [
         ({"gate_mode": "hidden"}, r"gate_mode is 'hidden'.*--router FILE"),
-        ({"shared_experts": []}, r"shared_experts is not supported. Mixtral and Qwen3Moe have no shared expert"),
+        ({"shared_experts": []}, r"shared_experts is not supported. .* btm-scale upcycle RUN --shared-expert MODEL"),
         ({"experts": [{"source_model": "a", "residual_scale": 0.1}]}, r"experts\.0\.residual_scale is not supported"),
         ({"experts": []}, "experts "),
         ({"experts": 8}, "experts "),

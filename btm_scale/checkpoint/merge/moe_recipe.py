@@ -17,7 +17,8 @@ from btm_scale.util.yaml_text import dump_text
 _RANDOM = "random"
 # Keys of mergekit-moe's YAML that are refused, each with the remedy.
 _UNSUPPORTED = {
-    "shared_experts": "Mixtral and Qwen3Moe have no shared expert: leave it out.",
+    "shared_experts": "Mixtures with a shared expert are made of a run's experts: leave it out, or add the models to a "
+    "run and use btm-scale upcycle RUN --shared-expert MODEL.",
     "noise_scale": "Weights are copied without noise: leave it out.",
     "residual_scale": "It is for shared experts: leave it out.",
 }
