@@ -45,7 +45,7 @@ def lowest_mean(
     center = np.full(starts.shape[1], 1.0 / starts.shape[1])
     objective = _mean_perplexity(targets)
     best: tuple[float, np.ndarray] | None = None
-    for start in candidates[order[:_STARTS]]:
+    for start in candidates[_first_of(order, candidates, of_corners=bool(limits))]:
         inside = _meeting(limits, 0.98 * start + 0.02 * center)
         minima = [] if inside is None else [_without_vanishing(limits, _descend(objective, limits, inside))]
         for mixture in (*minima, *([start] if meets(limits, start) else [])):
@@ -53,6 +53,19 @@ def lowest_mean(
             if best is None or value < best[0]:
                 best = value, mixture
     return None if best is None else best[1]
+
+
+def _first_of(order: np.ndarray, candidates: np.ndarray, *, of_corners: bool) -> np.ndarray:
+    """Return the first `_STARTS` of the candidates in their order, and `of_corners` the first near each corner.
+
+    Limits divide the simplex, so that the best candidates may all be of one valley.
+    """
+    first = order[:_STARTS]
+    if not of_corners:
+        return first
+    corners = candidates[order].argmax(axis=1)
+    nearest = order[np.unique(corners, return_index=True)[1]]
+    return np.concatenate([first, nearest[~np.isin(nearest, first)]])
 
 
 def lowest_loss(surface: Surface, starts: np.ndarray) -> float:
@@ -132,12 +145,13 @@ def _descend(function: Function, limits: Sequence[Limit], mixture: np.ndarray) -
             size = min(1.0, 0.99 * float(np.min(-mixture[shrinking] / step[shrinking], initial=np.inf)))
             while size > 1e-12:
                 tried = mixture + size * step
+                tried /= tried.sum()  # before it is looked at: rounding can take it across a limit
                 if _value(function, limits, tried, barrier) <= value + 1e-4 * size * descent:
                     break
                 size /= 2.0
             else:
                 break
-            mixture = tried / tried.sum()
+            mixture = tried
     return mixture
 
 

@@ -149,3 +149,23 @@ def test_drawing_mixtures_of_many_models_solves_no_system_larger_than_their_numb
     monkeypatch.setattr(np.linalg, "solve", noted)
     assert len(drawn([f"m{number:02d}" for number in range(30)], 40)) == 40
     assert max(sizes) == 39
+
+
+@pytest.mark.parametrize("random_seed", [2, 15, 18, 52, 108, 160])
+def test_a_limit_that_divides_the_simplex_hides_no_better_mixture(random_seed: int) -> None:
+    """In the first three, rounding takes the mixture onto the limit; in the others, the first starts share a valley."""
+    random, law, components = np.random.default_rng(random_seed), Quadratic(), 5
+
+    def surface() -> Fit:
+        parameters = random.uniform(2.0, 4.0, law.size(components))
+        parameters[components:] = random.uniform(-1.0, 1.0, law.size(components) - components)
+        return a_fit(law, parameters)
+
+    target, limited = surface(), surface()
+    most = float(np.quantile(limited.loss(random.dirichlet(np.ones(components), 200)), 0.3))
+    found = lowest_mean([(target, 1.0)], [(limited, most)], np.eye(components))
+    assert found is not None
+    assert meets([(limited, most)], found)
+    sampled = np.concatenate([random.dirichlet(np.full(components, sharp), 20_000) for sharp in (1.0, 0.3, 0.1)])
+    lowest = target.loss(sampled[limited.loss(sampled) <= most]).min()
+    assert target.loss(found[None])[0] <= lowest + 1e-4
