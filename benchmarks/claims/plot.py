@@ -11,7 +11,7 @@ from doc_figure import GRID, INK, PAPER, SOFT, label
 from claims.curves import Curve
 
 _WIDTH, _HEIGHT = 880, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 30, 62, 62  # margins of the plot area
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 30, 74, 62  # margins of the plot area
 _COLOURS = ("#0b5fa5", "#b8500c", "#3f7d20", "#7a3b8f")
 _MOST_TICKS, _STEPS = 8, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -19,9 +19,9 @@ _MOST_TICKS, _STEPS = 8, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 def plot(
     title: str, axis: str, points: Sequence[str], series: Mapping[str, Mapping[int, Curve]], highest: float
 ) -> str:
-    """Return the SVG: a dot per random seed, a line through their means. The points have equal distances.
+    """Return the SVG of perplexities over that of dense: a dot per random seed, a line through their means.
 
-    Values above `highest` are drawn as arrows at the top.
+    The points have equal distances. Values above `highest` are drawn as arrows at the top.
     """
     series = {name: curves for name, curves in series.items() if curves}
     values = [value for curves in series.values() for curve in curves.values() for value in curve.values()]
@@ -47,6 +47,7 @@ def plot(
         parts.append(label(42 + 200 * number, 37, name, INK, "start"))
         parts += _line(scale, points, curves, colour)
     parts.append(label(_WIDTH - _RIGHT, 37, "dot: one random seed", SOFT, "end"))
+    parts.append(label(30, 58, "mean perplexity / that of dense", SOFT, "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
