@@ -200,6 +200,8 @@ CLAIMS = (
         "late gives a lower perplexity than up-weighting it throughout.",
         "Domain upsampling at the end of training, arXiv 2406.03476",
         comparisons.late_upweighting,
+        "These models are far from converged: their loss still falls fast when the domain is up-weighted, and the "
+        "learning rate is low by then, so that its text teaches less than earlier text does.",
     ),
     _of(
         "tokenizers",
