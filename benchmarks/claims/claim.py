@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-HOLDS, IN_PART, NOT_HERE, NOT_MEASURED = "holds", "holds in part", "does not hold at this size", "not measured"
+HOLDS, IN_PART, NOT_HERE = "holds", "holds in part", "does not hold at this size"
+UNDECIDED, NOT_MEASURED = "undecided", "not measured"  # undecided: all values are limits on the wrong side of the bound
 
 
 class NotMeasuredError(LookupError):
@@ -139,7 +140,7 @@ def judged(claim: Claim, evidence: Evidence) -> Judged:
     decided = [by_seed for figure in bounded if (by_seed := figure.decided())]
     met = [value for by_seed in decided for value in by_seed.values()]
     if not met:
-        return Judged(claim, [], NOT_MEASURED)
+        return Judged(claim, figures, UNDECIDED)
     verdict = HOLDS if all(met) else IN_PART if any(met) else NOT_HERE
     counts = [len(by_seed) for by_seed in decided]
     return Judged(claim, figures, verdict, (min(counts), max(counts)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from claims import earlier, trained
-from claims.claim import HOLDS, IN_PART, NOT_HERE, NOT_MEASURED, Claim, Evidence, Figure, Judged, judged
+from claims.claim import HOLDS, IN_PART, NOT_HERE, NOT_MEASURED, UNDECIDED, Claim, Evidence, Figure, Judged, judged
 from claims.families import families
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -59,11 +59,13 @@ def _slug(claim: Claim) -> str:
 
 
 def _summary(found: Sequence[Judged]) -> Iterator[str]:
-    counts = {verdict: sum(one.verdict == verdict for one in found) for verdict in (HOLDS, IN_PART, NOT_HERE)}
-    yield (
-        f"Of {len(found)} claims, {sum(counts.values())} are measured: {counts[HOLDS]} hold, {counts[IN_PART]} hold in "
-        f"part, and {counts[NOT_HERE]} do not hold at this size.\n"
-    )
+    counts = {
+        verdict: sum(one.verdict == verdict for one in found) for verdict in (HOLDS, IN_PART, NOT_HERE, UNDECIDED)
+    }
+    parts = [f"{counts[HOLDS]} hold", f"{counts[IN_PART]} hold in part", f"{counts[NOT_HERE]} do not hold at this size"]
+    parts += [f"{counts[UNDECIDED]} are undecided"] if counts[UNDECIDED] else []
+    listed = f"{', '.join(parts[:-1])}, and {parts[-1]}"
+    yield f"Of {len(found)} claims, {sum(counts.values())} are measured: {listed}.\n"
     yield "| claim | verdict | random seeds |\n| --- | --- | ---: |"
     for one in found:
         seeds = " to ".join(map(str, sorted(set(one.seeds)))) if one.seeds[1] else "-"

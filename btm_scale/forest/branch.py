@@ -40,7 +40,7 @@ class Branch(Record):
 def settle(
     config: RunConfig, run: RunDir, model: str, branch: BranchConfig | None, weights: Mapping[str, float]
 ) -> Branch:
-    """Return the recorded branch of a model whose training begins, after deciding it if there is no record.
+    """Return the branch of a model whose training begins: the recorded one, or else one that is decided and recorded.
 
     Until there is a checkpoint, each call records the parents' content hashes.
 

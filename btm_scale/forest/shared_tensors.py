@@ -41,7 +41,8 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
         reference = first
         differing = _first_differences(run, first, [name for name in experts if name != first])
     whose = "an expert of the same parents," if reference == first else "its parent"
-    for name, tensor in differing.items():
+    if differing:
+        name, tensor = next(iter(differing.items()))
         raise ForestError(
             f"'{name}' was trained with train: mlp, but '{tensor}' differs from that of {whose} '{reference}'. Such an "
             f"expert has the bits of its parents in all but its MLPs. Restore it, or leave it out: --without {name}"
@@ -93,13 +94,14 @@ def _first_differences(run: RunDir, reference: str, experts: Sequence[str]) -> d
     return found
 
 
-def _differing(reference: ModelReader, experts: Mapping[str, ModelReader], part: Unit) -> set[str]:
-    """Return the experts that differ from the reference in a part of a tensor."""
-    buffers, found = Buffers(), set()
+def _differing(reference: ModelReader, experts: Mapping[str, ModelReader], part: Unit) -> list[str]:
+    """Return the experts that differ from the reference in a part of a tensor, in their order."""
+    buffers = Buffers()
+    found: set[str] = set()
     for chunk in parts_of(part, _CHUNK_ELEMENTS):
         theirs = buffers.stored(reference, chunk, "reference")
         for name, expert in experts.items():
             ours = buffers.stored(expert, chunk)
             if not same_bits(ours, theirs.to(ours.dtype)):
                 found.add(name)
-    return found
+    return [name for name in experts if name in found]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from btm_scale.serve.answers import Answer, ChatAnswer, CompletionAnswer, posterior_answer
 from btm_scale.serve.api_errors import ApiError, internal, overloaded, refused, unavailable
+from btm_scale.serve.events import Events, EventStream, event_bytes, resumed, unless_hung_up, until_first_token
 from btm_scale.serve.gate import Gate, read_body
 from btm_scale.serve.keys import Keys
 from btm_scale.serve.metrics import Metrics
@@ -31,7 +29,6 @@ from btm_scale.serve.work import Backend, BackendError, Busy, Delta, Event, Fail
 
 logger = logging.getLogger(__name__)
 
-Events = AsyncIterator[tuple[int, Event]]
 MOST_BODIES = MOST_CHATS = 64  # that wait for a thread
 _MOST_ANSWERS = 1 << 16  # more than any backend's queue, which limits them
 _INLINE_BYTES = 4096  # a body of this size is handled faster than a thread takes over
@@ -67,7 +64,7 @@ class Service:
         content = await read_body(request)
         body = await self._computed(len(content), partial(parsed, ChatRequest), content)
         self._require_ready()
-        jobs = await _unless_hung_up(request, self._chats.run(self._planner.chat_completion, body))
+        jobs = await unless_hung_up(request, self._chats.run(self._planner.chat_completion, body))
         if jobs is None:
             return self._hung_up()
         answer = ChatAnswer(body.model, jobs, self._planner.tokenizer, stream=body.stream)
@@ -79,13 +76,13 @@ class Service:
         body = await self._computed(len(content), partial(parsed, PosteriorRequest), content)
         self._require_ready()
         if body.messages:
-            job = await _unless_hung_up(request, self._chats.run(self._planner.posterior, body))
+            job = await unless_hung_up(request, self._chats.run(self._planner.posterior, body))
         else:
             job = await self._computed(len(content), self._planner.posterior, body)
         if job is None:
             return self._hung_up()
         async with contextlib.aclosing(self._events([job])) as events:
-            routed = await _unless_hung_up(request, anext(events))
+            routed = await unless_hung_up(request, anext(events))
         if routed is None:
             return self._hung_up()
         found = routed[1]
@@ -123,15 +120,15 @@ class Service:
         ended = False
         try:
             # Errors before the first token still have a status; after it, a stream has begun.
-            begun = await _unless_hung_up(request, _begun(events))
+            begun = await unless_hung_up(request, until_first_token(events))
             if begun is None:
                 return self._hung_up()
-            everything = _resumed(begun, events)
+            everything = resumed(begun, events)
             if body.stream:
                 chunks = self._chunks(everything, answer, begin, usage=body.stream_options.include_usage)
                 ended = True
-                return _EventStream(chunks, events, self._hung_up, partial_done=lambda: self._done(answer))
-            if await _unless_hung_up(request, self._collect(everything, answer, begin)) is None:
+                return EventStream(chunks, events, self._hung_up, partial_done=lambda: self._done(answer))
+            if await unless_hung_up(request, self._collect(everything, answer, begin)) is None:
                 return self._hung_up()
         finally:
             if not ended:
@@ -160,14 +157,14 @@ class Service:
             async for chunk in self._received(events, answer, begin, {"usage": None} if usage else {}):
                 yield chunk
         except ApiError as error:
-            yield _event({"error": error.error})
+            yield event_bytes({"error": error.error})
             return
         except ValueError:  # a number that JSON lacks, such as NaN
             logger.exception("a stream failed")
-            yield _event({"error": internal().error})
+            yield event_bytes({"error": internal().error})
             return
         if usage:
-            yield _event(answer.usage_chunk())
+            yield event_bytes(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
 
     async def _received(
@@ -177,7 +174,7 @@ class Service:
 
         def chunk_of(number: int, event: Delta) -> bytes | None:
             chunk = answer.add(number, event)
-            return None if chunk is None else _event({**chunk, **more})
+            return None if chunk is None else event_bytes({**chunk, **more})
 
         seen = False
         async for number, event in events:
@@ -230,81 +227,6 @@ class Service:
     def _require_ready(self) -> None:
         if not self._backend.is_ready:
             raise unavailable("The server is loading its models. Retry in a few seconds.")
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; the jobs behind them end with the response, however it ends."""
-
-    def __init__(
-        self,
-        chunks: AsyncIterator[bytes],
-        events: AsyncGenerator[tuple[int, Event], None],
-        hung_up: Callable[[], object],
-        partial_done: Callable[[], object],
-    ) -> None:
-        # nginx, and other proxies, hold a stream back until it is complete, unless they are asked not to.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._counted(chunks), media_type="text/event-stream", headers=headers)
-        self._chunks, self._events, self._hung_up, self._finish = chunks, events, hung_up, partial_done
-        self._complete = False
-
-    async def _counted(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for chunk in chunks:
-            yield chunk
-        self._complete = True
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; a client that leaves ends it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            with contextlib.suppress(RuntimeError):  # the generator still runs: it closes itself
-                await self._events.aclose()
-            self._finish()
-            if not self._complete:
-                self._hung_up()
-
-
-async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:
-    """Return the result of `work`, or None if the client leaves first; the work is then cancelled."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_hang_up(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        for one in (task, watch):
-            if not one.done():
-                one.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await one
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _begun(events: Events) -> list[tuple[int, Event]]:
-    """Return the events up to the first token."""
-    begun = []
-    async for one in events:
-        begun.append(one)
-        if isinstance(one[1], Delta):
-            break
-    return begun
-
-
-async def _resumed(begun: Sequence[tuple[int, Event]], events: Events) -> Events:
-    """Yield the events that were received already, and those that follow."""
-    for one in begun:
-        yield one
-    async for one in events:
-        yield one
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
 def _api_error(error: Exception) -> ApiError:

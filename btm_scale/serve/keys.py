@@ -27,7 +27,8 @@ class Keys:
     def load(cls, path: Path) -> Keys:
         """Read keys, one per line; lines that begin with # are comments.
 
-        A file that other users may read is reported. Raises UserError if there is no key, or one that no header has.
+        A file that other users may read is reported. Raises UserError for a file without keys, or with one that no
+        header may have.
         """
         try:
             content = read_bounded(path, _MOST_BYTES).decode("utf-8-sig")  # editors on Windows write a mark first

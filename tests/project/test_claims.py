@@ -59,7 +59,7 @@ def test_a_value_that_is_only_a_limit_counts_where_it_decides_the_bound(load: An
     claim = claims.Claim("A claim", "It is true.", "a paper", "small", "make", (), lambda evidence: figures)
     assert claims.judged(claim, claims.Evidence(tmp_path)).sentence == "holds (one seed)"
     figures[:] = [claims.Figure("a figure", {2: 0.5}, above, {2: ">"})]
-    assert claims.judged(claim, claims.Evidence(tmp_path)).verdict == "not measured"
+    assert claims.judged(claim, claims.Evidence(tmp_path)).sentence == "undecided"
 
 
 def test_a_claim_that_no_figure_can_refute_is_an_error(claim_of: Any) -> None:

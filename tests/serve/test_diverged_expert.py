@@ -14,7 +14,7 @@ from helpers.raw_engine import served_by
 from helpers.served_forest import Served, planner_of, running
 from transformers import AutoModelForCausalLM
 
-from btm_scale.serve.app import _event
+from btm_scale.serve.events import event_bytes
 from btm_scale.serve.local_scores import LocalScores
 
 ASK: dict[str, Any] = {"prompt": "ab", "max_tokens": 3}
@@ -60,7 +60,7 @@ def test_the_other_experts_are_answered(diverged: Served) -> None:
 
 def test_no_event_of_a_stream_has_a_number_that_json_lacks() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        _event({"logprob": math.nan})
+        event_bytes({"logprob": math.nan})
 
 
 def test_local_weights_that_score_with_nan_leave_their_expert_out(experts: dict[str, Path], tmp_path: Path) -> None:
