@@ -136,8 +136,9 @@ class Warm:
         self._process.wait()
 
     def _own_environment(self) -> dict[str, str]:
-        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        return own | self._environment
+        # A command that ran in this process may have set the last, with which `python -m helpers.warm` is not found.
+        absent = ("RANK", "WORLD_SIZE", "PYTHONSAFEPATH")
+        return {name: value for name, value in os.environ.items() if name not in absent} | self._environment
 
     def _kill(self, pid: int) -> None:
         """Kill a command, and wait until its workers and ranks, which notice it, have ended too."""
