@@ -39,8 +39,6 @@ def hidden(layers: Sequence[LayerSums]) -> Tensor:
 
 
 _BY_LAYER: Mapping[str, Callable[[Sequence[LayerSums]], Tensor]] = {"fitted": fitted, "hidden": hidden}
-ROUTED = "fitted-routed"  # of the complete mixture; see routed_router.py
-ROUTERS = ("fitted", ROUTED, "embedding", "hidden", "random")
 
 
 def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[str, Tensor]:

@@ -7,12 +7,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.tensors import ModelReader, same_bits
+from btm_scale.checkpoint.formats.tensors import ModelReader, as_bytes, dtype_of, same_bits
 from btm_scale.checkpoint.merge.plan import Unit
-from btm_scale.checkpoint.merge.runner import Buffers, parts_of
+from btm_scale.checkpoint.merge.runner import parts_of
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, find_expert
 from btm_scale.model.hf_config import read_shape
@@ -66,12 +64,13 @@ def _stored_parent(run: RunDir, name: str, card: Expert) -> str | None:
     if card.parent_hashes.get(parent, current.content_hash) != current.content_hash:
         return None
     # A parent in a narrower dtype has been rounded.
-    return parent if _dtype(run.model(parent)) in (_dtype(run.model(name)), torch.float32) else None
+    return parent if _dtype(run.model(parent)) in (_dtype(run.model(name)), "F32") else None
 
 
-def _dtype(directory: Path) -> torch.dtype:
+def _dtype(directory: Path) -> str:
+    """Return safetensors' code of a model's dtype."""
     with open_model(directory) as model:
-        return next(spec.dtype for spec in model.specs().values() if spec.dtype.is_floating_point)
+        return next(spec.code for spec in model.specs().values() if spec.is_floating_point)
 
 
 def _first_differences(run: RunDir, reference: str, experts: Sequence[str]) -> dict[str, str]:
@@ -96,12 +95,21 @@ def _first_differences(run: RunDir, reference: str, experts: Sequence[str]) -> d
 
 def _differing(reference: ModelReader, experts: Mapping[str, ModelReader], part: Unit) -> list[str]:
     """Return the experts that differ from the reference in a part of a tensor, in their order."""
-    buffers = Buffers()
     found: set[str] = set()
+    specs = {expert: model.spec(part.name) for expert, model in experts.items()}
+    memory = memoryview(bytearray(_CHUNK_ELEMENTS * max(spec.itemsize for spec in specs.values())))
     for chunk in parts_of(part, _CHUNK_ELEMENTS):
-        theirs = buffers.stored(reference, chunk, "reference")
+        theirs = {spec.code: _bytes(reference, chunk, spec.code) for spec in specs.values()}
         for name, expert in experts.items():
-            ours = buffers.stored(expert, chunk)
-            if not same_bits(ours, theirs.to(ours.dtype)):
+            ours = memory[: (chunk.stop - chunk.start) * specs[name].itemsize]
+            expert.read_bytes_into(part.name, chunk.start, ours)
+            if not same_bits(ours, theirs[specs[name].code]):
                 found.add(name)
     return [name for name in experts if name in found]
+
+
+def _bytes(model: ModelReader, part: Unit, code: str) -> memoryview:
+    """Return the bytes of a part of a tensor in the dtype of safetensors' code."""
+    if model.spec(part.name).code == code:
+        return model.read_bytes(part.name, part.start, part.stop)
+    return as_bytes(model.read_range(part.name, part.start, part.stop).to(dtype_of(code)))

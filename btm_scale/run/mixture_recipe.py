@@ -11,8 +11,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, unknown_name
 from btm_scale.forest.expert import Expert, Parent, read_expert
 from btm_scale.forest.forest import require_experts
-from btm_scale.forest.router import ROUTED, ROUTERS
-from btm_scale.forest.router_sums import domains_of_expert
+from btm_scale.forest.routers import ROUTED, ROUTERS, domains_of_expert
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import MOE, RunDir, finished_models

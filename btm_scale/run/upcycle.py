@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
-
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
@@ -20,10 +17,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, WorkerLost
 from btm_scale.forest.expert import CARD, Expert, find_expert, read_expert
 from btm_scale.forest.nonfinite import nonfinite_models
-from btm_scale.forest.routed_router import fitted_routed
-from btm_scale.forest.router import ROUTED, gates
-from btm_scale.forest.router_sums import router_sums, texts_of_expert
-from btm_scale.forest.scores import with_sorted_header
+from btm_scale.forest.routers import ROUTED
 from btm_scale.forest.shared_tensors import share_the_rest
 from btm_scale.forest.turns import current_config, evaluating, making_mixture, scoring, using
 from btm_scale.model.shape import ModelShape
@@ -39,7 +33,7 @@ from btm_scale.run.mixture_recipe import (
 )
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.util.disk_errors import writing
-from btm_scale.util.files import make_directory, publish_directory, write_file
+from btm_scale.util.files import publish_directory
 from btm_scale.util.provenance import NAME as PROVENANCE
 
 logger = logging.getLogger(__name__)
@@ -179,18 +173,18 @@ def _make(
         return report.content_hash
 
     router = None
+    if recipe.router != "random":
+        from btm_scale.run import mixture_router  # imports torch, as long as much of a merge takes
     if recipe.router == ROUTED:
         unrouted = unrouted_path(final)
         shutil.rmtree(unrouted, ignore_errors=True)
         try:
             merged(unrouted, None)
-            logger.info("fitting the router to the mixture, layer by layer")
-            texts = [texts_of_expert(config, run, name) for name in names]
-            router = _write_gates(run, fitted_routed(unrouted, shape, texts, device))
+            router = mixture_router.write_routed_router(config, run, names, shape, unrouted, device)
         finally:
             shutil.rmtree(unrouted, ignore_errors=True)
     elif recipe.router != "random":
-        router = _write_gates(run, _gates(config, run, names, shape, recipe.router, device))
+        router = mixture_router.write_router(config, run, names, shape, recipe.router, device)
     new = new_path(final)
     shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
     logger.info("merging %s into one mixture of experts", ", ".join(names))
@@ -215,23 +209,3 @@ def _not_numbers(run: RunDir, names: Sequence[str], recipe: Recipe) -> str:
         f"The weights of {', '.join(diverged)} have NaN or infinities, and so would the mixture. Check how they were "
         f"trained, or leave them out: {remedy}"
     )
-
-
-def _gates(
-    config: RunConfig, run: RunDir, names: Sequence[str], shape: ModelShape, kind: str, device: str
-) -> dict[str, Tensor]:
-    """Return the gates of a router that is made of each expert's own sums."""
-    sums = []
-    for name in names:
-        logger.info("reading the hidden states of %s on its domains' dev text", name)
-        sums.append(router_sums(config, run, name, device=device))
-    return gates(kind, shape, sums)
-
-
-def _write_gates(run: RunDir, tensors: dict[str, Tensor]) -> Path:
-    """Write the router of a mixture to a file, unless it has the same bytes already; returns its path."""
-    path, content = run.router(MOE), with_sorted_header(save(tensors))
-    if not path.is_file() or path.read_bytes() != content:  # an interrupted merge resumes if the file is the same
-        make_directory(path.parent)
-        write_file(path, content)
-    return path

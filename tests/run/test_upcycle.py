@@ -26,7 +26,7 @@ from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
 from btm_scale.forest import router_sums
 from btm_scale.forest.expert import CARD, read_expert
-from btm_scale.forest.router import ROUTERS
+from btm_scale.forest.routers import ROUTERS
 from btm_scale.forest.scores import evaluation_text
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations
 from btm_scale.model.hf_decoder import Decoder

@@ -11,7 +11,7 @@ from btm_scale.errors import few_names
 from btm_scale.util.imports import torch
 
 # Of each dtype, the integers of its size and the mask of its exponent.
-_EXPONENTS = {
+EXPONENTS = {
     "F16": ("I16", 0x7C00),
     "BF16": ("I16", 0x7F80),
     "F32": ("I32", 0x7F800000),
@@ -73,9 +73,9 @@ def _is_finite(exact: torch.Tensor, rounded: torch.Tensor) -> bool:
         flat = exact.reshape(-1)
         limit = min(torch.finfo(rounded.dtype).max, 1e150)
         return float(torch.dot(flat, flat)) < limit * limit
-    if (code := code_of(rounded.dtype)) not in _EXPONENTS:
+    if (code := code_of(rounded.dtype)) not in EXPONENTS:
         return False
-    words, mask = _EXPONENTS[code]
+    words, mask = EXPONENTS[code]
     bits = rounded.reshape(-1).view(dtype_of(words)).bitwise_and(mask)
     return int(bits.max()) < mask
 

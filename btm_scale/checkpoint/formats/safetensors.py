@@ -161,15 +161,13 @@ class SafetensorsModel(ModelReader):
         """Whether `read_bytes` imports torch: never."""
         return False
 
-    def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
-        """Return the bytes of row-major elements `[start, stop)`."""
+    def read_bytes_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of row-major elements from `start`."""
         place = self._place(name)
-        if not 0 <= start <= stop <= place.spec.elements:
-            raise IndexError(f"Elements [{start}, {stop}) are outside of '{name}', {place.spec}")
-        size = place.spec.itemsize
-        data = memoryview(bytearray((stop - start) * size))
-        pread_bytes(self._descriptor(place.file), data, place.offset + start * size, place.file)
-        return data
+        elements, rest = divmod(len(out), place.spec.itemsize)
+        if rest or not 0 <= start <= start + elements <= place.spec.elements:
+            raise IndexError(f"{len(out)} bytes from element {start} are outside of '{name}', {place.spec}")
+        pread_bytes(self._descriptor(place.file), out, place.offset + start * place.spec.itemsize, place.file)
 
     def close(self) -> None:
         """Close the shards."""

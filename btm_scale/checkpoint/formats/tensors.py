@@ -166,7 +166,7 @@ def as_bytes(tensor: torch.Tensor | memoryview) -> memoryview:
     return view
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(one: torch.Tensor | memoryview, other: torch.Tensor | memoryview) -> bool:
     """Return whether two contiguous CPU tensors have the same bytes; torch compares bytes at a tenth of the speed."""
     return bool(np.array_equal(np.frombuffer(as_bytes(one), np.uint8), np.frombuffer(as_bytes(other), np.uint8)))
 
@@ -210,7 +210,14 @@ class ModelReader(ABC):
 
     def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
         """Return the bytes of row-major elements `[start, stop)`, in the tensor's dtype."""
-        return as_bytes(self.read_range(name, start, stop))
+        out = memoryview(bytearray((stop - start) * self.spec(name).itemsize))
+        self.read_bytes_into(name, start, out)
+        return out
+
+    def read_bytes_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of row-major elements from `start`, in the tensor's dtype."""
+        stop = start + len(out) // self.spec(name).itemsize
+        out[:] = as_bytes(self.read_range(name, start, stop))
 
     def read(self, name: str) -> torch.Tensor:
         """Return the full tensor."""

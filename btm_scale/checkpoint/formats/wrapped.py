@@ -49,9 +49,9 @@ class RenamedModel(ModelReader):
         """Whether `read_bytes` imports torch."""
         return self._model.needs_torch
 
-    def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
-        """Return the bytes of row-major elements `[start, stop)`."""
-        return self._model.read_bytes(self._own_name(name), start, stop)
+    def read_bytes_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of row-major elements from `start`."""
+        self._model.read_bytes_into(self._own_name(name), start, out)
 
     def close(self) -> None:
         """Close the model."""

@@ -11,7 +11,7 @@ from btm_scale.checkpoint.completeness import has_own_head
 from btm_scale.checkpoint.expected import HEADS, ties_embeddings
 from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name, dtype_of
 from btm_scale.errors import few_names, first_few
 from btm_scale.model.families import FAMILIES, GPT2
 from btm_scale.util.imports import torch
@@ -82,11 +82,11 @@ def _differences(
 
 def promoted_dtype(directories: Iterable[Path]) -> str | None:
     """Return the name of the dtype to which the models' floating-point dtypes promote, or None if all are equal."""
-    dtypes: set[torch.dtype] = set()
+    codes: set[str] = set()
     for directory in directories:
         with open_model(directory) as model:
-            dtypes |= {spec.dtype for spec in model.specs().values() if spec.is_floating_point}
-    return dtype_name(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else None
+            codes |= {spec.code for spec in model.specs().values() if spec.is_floating_point}
+    return dtype_name(functools.reduce(torch.promote_types, map(dtype_of, codes))) if len(codes) > 1 else None
 
 
 def _compared_specs(reader: ModelReader, tensors: Sequence[str] | None) -> dict[str, TensorSpec]:

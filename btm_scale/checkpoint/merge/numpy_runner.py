@@ -1,15 +1,18 @@
-"""Merge small models with NumPy into the same bytes as with torch, whose import takes longer than such a merge."""
+"""Merge with NumPy what takes less time than to import torch: small models, and copies. The bytes are those of torch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from threading import local
 from typing import Any
 
 import numpy as np
 
+from btm_scale.checkpoint.formats.rounded import EXPONENTS
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
+from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece
@@ -20,12 +23,20 @@ _NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not 
 _FLOATS = ("F64", *_NARROW)
 
 
-def suits(target: Target) -> bool:
-    """Return whether a merge is small, uses only elementwise methods, and reads files that need no torch."""
-    plan = target.plan
-    if plan.bytes_read > MOST_BYTES or any(model.needs_torch for model in target.everyone):
-        return False
-    return all(_has_numpy_method(target, name) for name in plan.specs)
+def without_torch(target: Target) -> frozenset[str]:
+    """Return the tensors that are merged without torch: all of a small merge, or those that are copied or drawn.
+
+    None if a process that imports torch anyway would merge them: in a small merge, if another tensor needs it.
+    """
+    names = [name for name in target.plan.specs if _has_numpy_method(target, name)]
+    if target.plan.bytes_read <= MOST_BYTES:
+        return frozenset(names if len(names) == len(target.plan.specs) else [])
+    return frozenset(name for name in names if needs_no_sums(target.plan, name))
+
+
+def needs_no_sums(plan: MergePlan, name: str) -> bool:
+    """Whether a tensor is copied, or drawn at random."""
+    return plan.copies(name) or not plan.how(name).models
 
 
 def torch_is_loaded() -> bool:
@@ -37,16 +48,18 @@ def _has_numpy_method(target: Target, name: str) -> bool:
     plan = target.plan
     how, code = plan.how(name), plan.specs[name].code
     if not how.models:  # a tensor that a mixture adds
-        return False
+        return code in _FLOATS
     read = [*zip(how.models, how.names, strict=True), *([how.base] if how.base else [])]
+    if any(target.everyone[model].needs_torch for model, _ in read):
+        return False
     codes = {target.everyone[model].spec(own).code for model, own in read}
     if plan.copies(name):
-        return codes == {code} or (code in _FLOATS and codes <= set(_FLOATS))
+        return codes <= set(_FLOATS) if code in _FLOATS else codes == {code} and not plan.specs[name].is_floating_point
     return how.method.elementwise and code in _FLOATS and codes <= set(_NARROW)
 
 
 class NumpyRunner:
-    """Merges, writes and hashes one unit of a target for which `suits` is true; thread-safe.
+    """Merges, writes and hashes one unit of a tensor in `without_torch`; thread-safe.
 
     Units with NaN or infinities are left to torch, which counts them.
     """
@@ -54,6 +67,7 @@ class NumpyRunner:
     def __init__(self, target: Target, chunk_bytes: int) -> None:
         self.targets, self.chunk_bytes = [target], chunk_bytes
         self._target = target
+        self._memory = local()
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """Return the unit and its block hashes."""
@@ -71,14 +85,16 @@ class NumpyRunner:
         plan, models = self._target.plan, self._target.everyone
         how, spec = plan.how(part.name), plan.specs[part.name]
         with np.errstate(all="ignore"):
-            if plan.copies(part.name):
+            if not how.models:
+                exact = drawn(how.weights[0], plan.seed, part.name, part.start, part.stop)
+            elif plan.copies(part.name):
                 model, name = models[how.models[0]], how.names[0]
-                data = model.read_bytes(name, part.start, part.stop)
-                if not spec.is_floating_point:
-                    return data
-                exact = widened(data, model.spec(name).code)
-                if model.spec(name).code == spec.code:
-                    return data if np.isfinite(exact).all() else None
+                code = model.spec(name).code
+                data = self._bytes((part.stop - part.start) * model.spec(name).itemsize)
+                model.read_bytes_into(name, part.start, data)
+                if code == spec.code:
+                    return data if not spec.is_floating_point or _is_finite(data, code) else None
+                exact = widened(data, code)
             else:
                 try:
                     exact = how.method.function(_piece(plan, models, part), **how.parameters)
@@ -87,6 +103,22 @@ class NumpyRunner:
             rounded = narrowed(exact, spec.code)
         # Infinities that rounding makes are counted too.
         return rounded.data.cast("B") if np.isfinite(widened(rounded.data, spec.code)).all() else None
+
+    def _bytes(self, size: int) -> memoryview:
+        """Return `size` bytes that this thread filled before: to allocate them takes longer than to copy into them."""
+        data: memoryview | None = getattr(self._memory, "data", None)
+        if data is None or len(data) < size:
+            self._memory.data = data = memoryview(bytearray(size))
+        return data[:size]
+
+
+def _is_finite(data: memoryview, code: str) -> bool:
+    """Return whether all floating-point numbers of a dtype are finite, which their largest bit patterns show."""
+    size, exponent = int(EXPONENTS[code][0][1:]) // 8, EXPONENTS[code][1]
+    if not data:
+        return True
+    positive, negative = (int(np.frombuffer(data, f"<{kind}{size}").max()) for kind in "iu")
+    return positive < exponent and negative < exponent | 1 << (8 * size - 1)
 
 
 def _piece(plan: MergePlan, models: Sequence[ModelReader], part: Unit) -> Piece:

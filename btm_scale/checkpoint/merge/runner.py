@@ -18,7 +18,6 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
 from btm_scale.util.imports import torch
 
-_COPIED_BYTES = 1 << 20  # at once: a copy needs no room in a core's cache, and the kernel less time for a long write
 _ROWS_ELEMENTS = 1 << 15  # in a piece of rows; torch sums this many in one order for any number of threads
 
 
@@ -106,7 +105,6 @@ class UnitRunner:
             yield from map(torch.from_numpy, added)
         elif plan.copies(unit.name):
             model = target.everyone[how.models[0]]
-            parts = parts_of(unit, _COPIED_BYTES // spec.itemsize)
             yield from (self._buffers.stored(model, _named(part, how.names[0])) for part in parts)
         elif how.method.elementwise:
             merge = functools.partial(how.method.function, **how.parameters)

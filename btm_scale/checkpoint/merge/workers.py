@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.bar import Bar
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
-from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, suits, torch_is_loaded
+from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, torch_is_loaded, without_torch
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
+from btm_scale.checkpoint.merge.shares import mostly_copies, shares
 from btm_scale.util.cores import visible_cores
 from btm_scale.util.one_thread import one_torch_thread
 from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
@@ -42,12 +43,13 @@ def merge_share(
     *,
     chunk_bytes: int,
     by_shard: bool = False,
+    torch_starts: bool = False,
     bar: Bar | None = None,
 ) -> None:
     """Merge and record this rank's part, one of `size`, of the remaining units, which all outputs have in common.
 
-    `by_shard` assigns every output file to one rank: on NFS two hosts must not write the same page of a file. `bar` is
-    updated with what all ranks recorded.
+    `by_shard` assigns every output file to one rank: on NFS two hosts must not write the same page of a file.
+    `torch_starts`: torch is imported by the ranks that need it. `bar` is updated with what all ranks recorded.
     """
     done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
     with ExitStack() as stack:
@@ -60,11 +62,11 @@ def merge_share(
             inputs = [models[source.path] for source in plan.sources]
             targets.append(Target(plan, inputs, models[plan.base.path] if plan.base else None, writer))
         first = targets[0]
-        mine = [
-            unit
-            for i, unit in enumerate(first.plan.units)
-            if unit not in done and (first.writer.shard_of(unit.name) if by_shard else i) % size == rank
-        ]
+        if by_shard:
+            mine = [unit for unit in first.plan.units if first.writer.shard_of(unit.name) % size == rank]
+        else:
+            mine = shares(first.plan, size, torch_starts=torch_starts)[rank]
+        left = [unit for unit in mine if unit not in done]
         cores = max(1, visible_cores() // (1 if by_shard else size))
 
         def note(finished: Sequence[tuple[Unit, list[list[str]]]]) -> None:
@@ -76,18 +78,23 @@ def merge_share(
 
             in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound
 
-        run = _runner(targets, chunk_bytes)
-        if not isinstance(run, NumpyRunner):
-            stack.enter_context(one_torch_thread())
-        _run_all(mine, run, min(cores, MOST), note, bar)
+        for run, units in _runners(targets, left, chunk_bytes):
+            with nullcontext() if isinstance(run, NumpyRunner) else one_torch_thread():
+                _run_all(units, run, min(cores, MOST), note, bar)
 
 
-def _runner(targets: Sequence[Target], chunk_bytes: int) -> Runner:
+def _runners(
+    targets: Sequence[Target], units: Sequence[Unit], chunk_bytes: int
+) -> Iterator[tuple[Runner, Sequence[Unit]]]:
+    """Yield what merges the units, first those without torch."""
     if len(targets) > 1:
-        return MeansRunner(targets, chunk_bytes)
-    if not torch_is_loaded() and suits(targets[0]):
-        return NumpyRunner(targets[0], chunk_bytes)
-    return UnitRunner(targets[0], chunk_bytes)
+        yield MeansRunner(targets, chunk_bytes), units
+        return
+    light = frozenset() if torch_is_loaded() else without_torch(targets[0])
+    if first := [unit for unit in units if unit.name in light]:
+        yield NumpyRunner(targets[0], chunk_bytes), first
+    if rest := [unit for unit in units if unit.name not in light]:
+        yield UnitRunner(targets[0], chunk_bytes), rest
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
@@ -96,9 +103,10 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     forks, large = may_fork(), any(plan.is_large for plan, _ in outputs)
     if jobs is None:
         jobs = min(visible_cores(), MOST) if forks and large else 1
-    if forks and large and jobs > 1:
+    torch_starts = forks and large and not torch_is_loaded() and len(outputs) == 1 and mostly_copies(outputs[0][0])
+    if forks and large and jobs > 1 and not torch_starts:
         importlib.import_module("torch")  # once, instead of in each forked process
-    share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
+    share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes, torch_starts=torch_starts)
     with Bar(outputs) as bar:
         if jobs == 1:
             return share(0, bar=bar)

@@ -1,0 +1,140 @@
+"""Large merges that mostly copy: which process merges what, and which of them import torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_models import HUGGINGFACE_SIZES
+
+from btm_scale.checkpoint.formats.tensors import as_bytes, dtype_of
+from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.merge.moe import Ingredients
+from btm_scale.checkpoint.merge.numpy_runner import _is_finite
+from btm_scale.checkpoint.merge.plan import MergePlan
+from btm_scale.checkpoint.merge.planning import make_plan
+from btm_scale.checkpoint.merge.shares import _cost, mostly_copies, needs_no_sums, shares
+
+NAMES = ("a", "b", "c")
+SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"model_type": "llama", "max_position_embeddings": 32}
+
+# A merge of several processes that believes its models to be large, in a process that has not imported torch.
+LARGE = """
+import sys
+from pathlib import Path
+from btm_scale.checkpoint.merge import numpy_runner
+from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.merge.moe import Ingredients
+from btm_scale.checkpoint.merge.plan import MergePlan
+
+folder, shared, jobs = Path(sys.argv[1]), sys.argv[2] == "shared", int(sys.argv[3])
+numpy_runner.MOST_BYTES = 0
+MergePlan.is_large = property(lambda plan: True)
+
+class Refused:
+    def find_spec(self, name, *_):
+        assert name != "torch"
+
+if shared:  # none of the processes imports torch
+    sys.meta_path.insert(0, Refused())
+inputs = [(folder / name, 1.0) for name in "abc"]
+report = merge(folder / f"{sys.argv[2]}-{jobs}", inputs, method="moe", jobs=jobs,
+               ingredients=Ingredients(tuple("abc"), shared=shared))
+print(report.content_hash)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("experts")
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES), dtype=torch.bfloat16).save_pretrained(
+            root / name
+        )
+    return root
+
+
+def plan_of(folder: Path, *, shared: bool) -> MergePlan:
+    return make_plan(
+        [(folder / name, 1.0) for name in NAMES],
+        method="moe",
+        parameters=None,
+        base=None,
+        dtype=None,
+        max_shard_bytes=float("inf"),
+        seed=0,
+        ingredients=Ingredients(NAMES, shared=shared),
+    )
+
+
+@pytest.mark.parametrize("torch_starts", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_unit_is_in_one_share_and_no_share_is_much_larger_than_another(
+    folder: Path, shared: bool, size: int, torch_starts: bool
+) -> None:
+    plan = plan_of(folder, shared=shared)
+    given = shares(plan, size, torch_starts=torch_starts)
+    assert sorted((unit for own in given for unit in own), key=plan.units.index) == plan.units
+    assert all(own == sorted(own, key=plan.units.index) for own in given)
+    if not torch_starts:
+        load = [sum(_cost(plan, unit) for unit in own) for own in given]
+        assert max(load) - min(load) <= max(_cost(plan, unit) for unit in plan.units)
+
+
+def test_as_few_processes_as_possible_import_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(folder, shared=False)
+    assert mostly_copies(plan)
+    total = sum(_cost(plan, unit) for unit in plan.units)
+    sums = sum(_cost(plan, unit) for unit in plan.units if not needs_no_sums(plan, unit.name))
+    assert 0 < sums < total / 2
+    monkeypatch.setattr("btm_scale.checkpoint.merge.shares._START_BYTES", total // 20)
+
+    def with_torch(size: int) -> int:
+        given = shares(plan, size, torch_starts=True)
+        return sum(any(not needs_no_sums(plan, unit.name) for unit in own) for own in given)
+
+    assert with_torch(2) == 1
+    assert 1 < with_torch(20) < 20
+
+
+@pytest.mark.parametrize("rest", ["shared", "averaged"])
+def test_a_large_mixture_has_the_same_bytes_from_one_process_and_from_several_that_begin_without_torch(
+    folder: Path, rest: str
+) -> None:
+    inputs = [(folder / name, 1.0) for name in NAMES]
+    expected = merge(
+        folder / f"{rest}-by-torch", inputs, method="moe", ingredients=Ingredients(NAMES, shared=rest == "shared")
+    ).content_hash
+    for jobs in ("1", "3"):
+        done = subprocess.run(
+            [sys.executable, "-c", LARGE, str(folder), rest, jobs], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == expected
+        ours, theirs = (folder / f"{rest}-{name}" / "model.safetensors" for name in (jobs, "by-torch"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32", "F64"])
+def test_bit_patterns_show_whether_all_numbers_are_finite(code: str) -> None:
+    dtype = dtype_of(code)
+    limits = torch.finfo(dtype)
+    finite = [0.0, -0.0, limits.max, limits.min, limits.tiny, -limits.tiny / 4, 1.5]
+    assert _is_finite(as_bytes(torch.tensor(finite, dtype=dtype)), code)
+    assert _is_finite(memoryview(b""), code)
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        bad = torch.tensor([*finite, value], dtype=torch.float64).to(dtype)
+        assert not _is_finite(as_bytes(bad), code), value
+    if code in ("BF16", "F16"):
+        every = torch.from_numpy(np.arange(0, 1 << 16, 7, dtype="<u2")).view(dtype)
+        alone = [_is_finite(as_bytes(one), code) for one in every.split(1)]
+        assert alone == every.isfinite().tolist()
