@@ -3,10 +3,11 @@
     python benchmarks/mixtures.py --list                     # every unit, and whether it is measured
     python benchmarks/mixtures.py --runs runs --units 'demo-1/*'
 
---runs has finished runs `demo-1`, `demo-2` and `demo-3` of `btm-scale demo --set random_seed=1` and so on. A unit
-trains one model or one forest; its figures are written to benchmarks/results/mixtures.json when it ends, and those in
-the file are not measured again. benchmarks/mixture_ratios.json has the eight mixtures, drawn from Dirichlet(1) with
-random seed 0 before any was trained.
+--runs has finished runs `demo-1` to `demo-4` of `btm-scale demo --set random_seed=1` and so on. A unit trains one
+model or one forest; its figures are written to benchmarks/results/mixtures.json when it ends, and those in the file
+are not measured again. benchmarks/mixture_ratios.json has the eight mixtures, drawn from Dirichlet(1) with random seed
+0 before any was trained. `demo-4` has eight others, drawn with random seed 1 after the constants of the prediction were
+chosen on those of `demo-1` to `demo-3`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from btm_scale.run_dir import RunDir
 
 RESULT = Path(__file__).parent / "results" / "mixtures.json"
 RATIOS = Path(__file__).parent / "mixture_ratios.json"
-RUNS = ("demo-1", "demo-2", "demo-3")
+RUNS = ("demo-1", "demo-2", "demo-3", "demo-4")
+HELD_OUT = "demo-4"  # none of its mixtures was known when the constants of the prediction were chosen
 REPLAY = (0.1, 0.3)
 KEEP = (1.0, 1.02, 1.05, 1.1)  # of every other domain's perplexity, for the critical mixture ratio
 
@@ -56,7 +58,7 @@ class Units:
     def all(self) -> Iterator[tuple[str, Callable[[], Figures]]]:
         """Yield every unit, those that others need first."""
         yield "predicted", self.predicted
-        for number in range(len(_ratios())):
+        for number in range(len(_ratios(self.name))):
             yield f"trained-{number}", partial(self.trained, number)
         for name in ("recommended", "uniform", "proportional"):
             yield name, partial(self.alternative, name)
@@ -66,11 +68,11 @@ class Units:
 
     def predicted(self) -> Figures:
         """What `mixture` says: its fit, the recommended ratios, and the perplexity of each committed mixture."""
-        return _predictions(self.forest)
+        return _predictions(self.forest, _ratios(self.name))
 
     def trained(self, number: int) -> Figures:
         """One of the committed mixtures, trained."""
-        ratios = _ratios()[number]
+        ratios = _ratios(self.name)[number]
         return {"perplexity": self.forest.train_mixture(self._out / f"{self.name}-trained-{number}", ratios)}
 
     def alternative(self, name: str) -> Figures:
@@ -91,7 +93,7 @@ class Units:
     def replayed(self, share: float) -> Figures:
         """A forest whose experts replay text: what it predicts, its experts, and its averages."""
         forest = self._with_replay(share)
-        return _predictions(forest, share)
+        return _predictions(forest, _ratios(self.name), share)
 
     def critical(self) -> Figures:
         """The critical mixture ratio of each expert, from this forest and those that replay."""
@@ -117,10 +119,10 @@ class Units:
         return self.forest.train_with_replay(self._out / f"{self.name}-replay-{share:g}", share)
 
 
-def _predictions(forest: Forest, replay: float = 0.0) -> Figures:
+def _predictions(forest: Forest, drawn: Sequence[dict[str, float]], replay: float = 0.0) -> Figures:
     answer = forest.mixture()
     names, laws, trained = surfaces(forest)
-    mixtures = [weights_for(forest, names, ratios, replay)[None] for ratios in _ratios()]
+    mixtures = [weights_for(forest, names, ratios, replay)[None] for ratios in drawn]
     predicted, averages = (
         [{name: float(np.exp(surface.loss(weights)[0])) for name, surface in by_domain.items()} for weights in mixtures]
         for by_domain in (trained, laws)
@@ -138,8 +140,9 @@ def _predictions(forest: Forest, replay: float = 0.0) -> Figures:
     }
 
 
-def _ratios() -> list[dict[str, float]]:
-    ratios: list[dict[str, float]] = json.loads(RATIOS.read_text())["mixtures"]
+def _ratios(name: str) -> list[dict[str, float]]:
+    """Return the mixtures of a forest."""
+    ratios: list[dict[str, float]] = json.loads(RATIOS.read_text())["held_out" if name == HELD_OUT else "mixtures"]
     return ratios
 
 
