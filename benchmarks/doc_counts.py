@@ -48,6 +48,16 @@ def utilization_rows(counts: dict[str, Any]) -> Rows:
     return rows
 
 
+def float8_rows(counts: dict[str, Any]) -> Rows:
+    """Return kernels and GB of a layer without and with float8, and the milliseconds that float8 saves and adds."""
+    rows = [["a layer without its products", "bfloat16", "float8", "saved by products", "added, H100", "added, H200"]]
+    for name, count in counts[_OURS]["float8"].items():
+        seconds = count["seconds"]
+        times = (f"{1e3 * value:.1f} ms" for value in (seconds["saved"], *seconds["added"].values()))
+        rows.append([name, _count(count["without"]), _count(count["layer"]), *times])
+    return rows
+
+
 def offload_rows(counts: dict[str, Any]) -> Rows:
     """Return the time to copy a layer's input beside the layer's, and the activations with and without offloading."""
     rows = [

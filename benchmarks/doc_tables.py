@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from doc_counts import count_rows, decoding_rows, loss_rows, offload_rows, reading_rows, utilization_rows
+from doc_counts import (
+    count_rows,
+    decoding_rows,
+    float8_rows,
+    loss_rows,
+    offload_rows,
+    reading_rows,
+    utilization_rows,
+)
 from doc_kernels import grid_rows, host_rows, resource_rows
 
 from btm_scale.evaluate.results import Results
@@ -200,7 +208,7 @@ def gpu_counts() -> str:
     """Kernels and bytes of training on a GPU, and the utilization that they give."""
     counts = _read("gpu_counts")
     losses = loss_rows(counts, _read("gpu_counts_older"))
-    parts = (count_rows, utilization_rows, offload_rows, decoding_rows, reading_rows)
+    parts = (count_rows, utilization_rows, float8_rows, offload_rows, decoding_rows, reading_rows)
     return "\n\n".join([_table(losses), *(_table(rows_of(counts)) for rows_of in parts)])
 
 

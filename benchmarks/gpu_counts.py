@@ -4,8 +4,9 @@
     python benchmarks/gpu_counts.py --older FOLDER
 
 Writes results/gpu_counts.json: the loss of a micro-batch, one layer besides its matrix products and attention, sums of
-gradients, the utilization that they give by the formula of gpu_counting/formula.py, what offloading the inputs of
-layers moves and frees, a step of decoding, and a prompt that stacked experts read. Beside them are a layer that uses
+gradients, the utilization that they give by the formula of gpu_counting/formula.py, what products in float8 save and
+cost, what offloading the inputs of layers moves and frees, a step of decoding, and a prompt that stacked experts read.
+Beside them are a layer that uses
 the fused functions of Megatron-core only, the plain model under torch.compile, the fused losses of Liger-Kernel and of
 PyTorch, and transformers' models one by one. With --older, it counts the loss of an older checkout of this repository
 instead, into results/gpu_counts_older.json.
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from environment import describe
-from gpu_counting.cases import CASES, layer_counts, loss_counts, megatron_layer_counts
+from gpu_counting.cases import CASES, float8_layer_counts, layer_counts, loss_counts, megatron_layer_counts
 from gpu_counting.counter import Counts
 from gpu_counting.decoding import DECODINGS, READINGS, Decoding, reading_counts, separate_counts, stacked_counts
-from gpu_counting.formula import Bytes, described, utilization
+from gpu_counting.formula import Bytes, described, float8_seconds, utilization
 from gpu_counting.loss_peers import liger_count, pytorch_counts
 from gpu_counting.offload import offload_counts
 from gpu_counting.regions import Count
@@ -53,6 +54,7 @@ def main() -> None:
         "megatron": {"layer": {name: row(counts.total(products=False)) for name, counts in layers.items()}},
         "compiled": counted_peer(),
     }
+    result["ours"]["float8"] = counted_float8()
     result["ours"]["offload"] = offload_counts()
     result["ours"]["decoding"] = counted_decoding(stacked_counts)
     result["ours"]["reading"] = counted_reading()
@@ -119,6 +121,20 @@ def counted_training() -> dict[str, Any]:
             sums=bytes_per_micro_batch(case.shape),
         )
         rows["training"][name] = {"bytes": described(moved), **utilization(case, moved)}
+    return rows
+
+
+def counted_float8() -> dict[str, Any]:
+    """Return the counts of a layer with and without float8 products, on one rank, and the seconds that these change."""
+    rows = {}
+    for name, case in CASES.items():
+        plain, float8 = layer_counts(case).total(products=False), float8_layer_counts(case).total(products=False)
+        print("float8", name, float8, flush=True)
+        rows[name] = {
+            "layer": row(float8),
+            "without": row(plain),
+            "seconds": float8_seconds(case, float8.bytes - plain.bytes),
+        }
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Model FLOPs utilization of a training step, beside a plain PyTorch loop and torch.compile.
+"""Model FLOPs utilization of a training step, with products in float8 too, beside plain PyTorch and torch.compile.
 
     python benchmarks/train_gpu.py [--preset llama-1.3b] [--sequences 32] [--micro-batch 4]
     python benchmarks/train_gpu.py --small        # on any machine: checks that it runs
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from training_peers import Case, in_ranks, ours, plain, seconds_a_step
 from btm_scale.train.metrics import peak_flops
 
 RESULT = Path(__file__).parent / "results" / "train_gpu.json"
-OURS, PLAIN, COMPILED = "ours", "plain", "plain, compiled"
+OURS, FLOAT8, PLAIN, COMPILED = "ours", "ours, float8", "plain", "plain, compiled"
+PEERS = (OURS, FLOAT8, PLAIN, COMPILED)
 SMALL = [
     "--preset",
     "llama-1m",
@@ -60,7 +61,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not options.small:
         raise SystemExit("no GPU here; --small shows that the script runs, and writes nothing")
     environment = describe()
-    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in (OURS, PLAIN, COMPILED)}
+    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in PEERS}
     words = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in ("preset", "length", "vocabulary", "sequences", "micro_batch", "recompute", "steps")
@@ -95,7 +96,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a tiny model, on whatever there is")
-    parser.add_argument("--peer", choices=(OURS, PLAIN, COMPILED), help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, default=RESULT)
     small = parser.parse_args().small
     options = parser.parse_args(SMALL) if small else parser.parse_args()
@@ -105,7 +106,10 @@ def _options() -> argparse.Namespace:
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, float | None]:
     """One peer's speed and memory, after warm-up steps that compile and tune kernels."""
-    step = ours(case) if options.peer == OURS else plain(case, compiled=options.peer == COMPILED)
+    if options.peer in (OURS, FLOAT8):
+        step = ours(replace(case, float8=options.peer == FLOAT8))
+    else:
+        step = plain(case, compiled=options.peer == COMPILED)
     seconds = seconds_a_step(case, step, options.steps, warm_up=3)
     tokens = case.sequences * case.length
     on_gpu = torch.cuda.is_available()

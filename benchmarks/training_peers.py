@@ -42,6 +42,7 @@ class Case:
     sequences: int
     micro_batch: int
     recompute: str = "none"
+    float8: bool = False  # of ours
 
     @property
     def shape(self) -> ModelShape:
@@ -68,7 +69,15 @@ def engine_of(case: Case) -> Engine:
     from btm_scale.train.engine import Engine
 
     keep_freed_memory()
-    layout = Layout(data=case.ranks, precision=case.precision, micro_batch=case.micro_batch, recompute=case.recompute)
+    layout = Layout.model_validate(
+        {
+            "data": case.ranks,
+            "precision": case.precision,
+            "micro_batch": case.micro_batch,
+            "recompute": case.recompute,
+            "float8": case.float8,
+        }
+    )
     group = ExpertGroup.join(layout)
     job = TrainingJob(
         model="benchmark",
@@ -90,6 +99,7 @@ def engine_of(case: Case) -> Engine:
         dtype=group.dtype,
         on_cpu=group.device.type == "cpu",
         recompute=layout.recompute,
+        float8=layout.float8,
     )
     return Engine(group, model, job, OptimizerConfig(), {})
 

@@ -72,6 +72,8 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
+    if layout.float8:
+        activations += _float8_copies(shape, layout, micro_batch * length // layout.context)
     if layout.offload_activations:
         host += _host_buffers(shape, layout, micro_batch * length // layout.context)
     head = head_bytes(shape, layout, micro_batch * length // layout.context, trains_head=trains == "all")
@@ -176,6 +178,13 @@ def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: b
     weights = rows * shape.hidden
     gradient = weights * (width if chunk == tokens else _SUMS)
     return gradient + max(logits, weights * width)
+
+
+def _float8_copies(shape: ModelShape, layout: Layout, tokens: int) -> float:
+    """Return the bytes of the factors of a layer's largest product in float8, which are copied for each product."""
+    outputs = (shape.query_key_value_width, shape.up_width)
+    inputs = (shape.query_width, shape.ffn)
+    return max(outputs + inputs) / layout.tensor * (tokens + shape.hidden)
 
 
 def layer_input_bytes(shape: ModelShape, layout: Layout, tokens: float) -> float:

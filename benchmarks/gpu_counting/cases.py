@@ -70,6 +70,12 @@ def layer_counts(case: Case) -> Counts:
     return more.less(few)
 
 
+def float8_layer_counts(case: Case) -> Counts:
+    """Return the same of a layer whose products train in float8."""
+    few, more = (_model_counts(case, layers, float8=True) for layers in (1, 2))
+    return more.less(few)
+
+
 def megatron_layer_counts(case: Case) -> Counts:
     """Return the same of a layer that uses Megatron-core's own fused functions only."""
     from btm_scale.model import gpt
@@ -82,11 +88,11 @@ def megatron_layer_counts(case: Case) -> Counts:
         return layer_counts(case)
 
 
-def _model_counts(case: Case, layers: int) -> Counts:
+def _model_counts(case: Case, layers: int, *, float8: bool = False) -> Counts:
     from btm_scale.model import gpt
 
     shape = case.shape.model_copy(update={"layers": layers})
-    model = _on_meta(gpt, shape)
+    model = _on_meta(gpt, shape, float8=float8)
     tokens = torch.zeros(case.sequences, case.length, dtype=torch.int64, device=META)
     model(tokens[:1, :8], tokens[:1, :8])  # caches cosines and sines
     with counted() as counts:
@@ -96,10 +102,11 @@ def _model_counts(case: Case, layers: int) -> Counts:
     return counts
 
 
-def _on_meta(gpt: Any, shape: ModelShape) -> Any:
+def _on_meta(gpt: Any, shape: ModelShape, *, float8: bool) -> Any:
     """Return the model that a GPU trains, on `meta`."""
     with mock.patch.object(gpt, "gpu", return_value=torch.device("cpu")):
-        return gpt.build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=False, draws=False).to_empty(device=META)
+        model = gpt.build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=False, float8=float8, draws=False)
+    return model.to_empty(device=META)
 
 
 @contextlib.contextmanager

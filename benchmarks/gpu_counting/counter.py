@@ -1,8 +1,7 @@
 """Kernels and bytes of everything that runs on `meta` tensors, by operator.
 
 A PyTorch operator is one kernel, which reads each element of its inputs once and writes each of its outputs once. An
-operator of btm_scale.kernels counts what it declares, and a function that Megatron-core compiles what inductor makes
-of it.
+operator of btm_scale.kernels counts what it declares, and a function that is compiled what inductor makes of it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from btm_scale.kernels.hardware import Hardware
 from gpu_counting.regions import Count, inductor_count
 
 H100 = Hardware("nvidia", "sm_90", 227 << 10, 132)
-_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "add_product_")
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "add_product_", "_scaled_mm_v2")
 _NO_KERNEL = ("detach", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _MORE_KERNELS = {"native_layer_norm_backward": 2}  # gradients of input and weight
 
@@ -65,17 +64,21 @@ def counted() -> Iterator[Counts]:
     """Count everything that runs on `meta` tensors in this context, forward and backward."""
     mode = _Counting()
     with contextlib.ExitStack() as stack:
-        for module, name in _compiled_by_megatron():
+        for module, name in _compiled():
             stack.enter_context(mock.patch.object(module, name, mode.as_region(name, getattr(module, name))))
         stack.enter_context(_GpuFunctions(mode.counts))
         stack.enter_context(mode)
         yield mode.counts
 
 
-def _compiled_by_megatron() -> list[tuple[ModuleType, str]]:
-    """Return the functions that Megatron-core compiles on a GPU, of those of its modules that are loaded."""
-    names = {"fused_bias_swiglu": ("swiglu", "swiglu_back"), "fused_bias_gelu": ("bias_gelu", "bias_gelu_back")}
-    loaded = {name: sys.modules.get(f"megatron.core.fusions.{name}") for name in names}
+def _compiled() -> list[tuple[ModuleType, str]]:
+    """Return the functions that Megatron-core and this project compile on a GPU, of the modules that are loaded."""
+    names = {
+        "megatron.core.fusions.fused_bias_swiglu": ("swiglu", "swiglu_back"),
+        "megatron.core.fusions.fused_bias_gelu": ("bias_gelu", "bias_gelu_back"),
+        "btm_scale.model.float8": ("_quantize",),
+    }
+    loaded = {name: sys.modules.get(name) for name in names}
     return [(module, name) for file, module in loaded.items() if module is not None for name in names[file]]
 
 

@@ -34,7 +34,7 @@ def rows(site: Site) -> list[Row]:
     listed = [
         Row(f"train {preset} {peer}", 240, partial(_train, preset, peer))
         for preset in sizes
-        for peer in ("ours", "plain", "plain, compiled")
+        for peer in ("ours", "ours, float8", "plain", "plain, compiled")
     ]
     for name, shape in losses.items():
         for chunk in _CHUNKS:

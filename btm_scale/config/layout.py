@@ -11,6 +11,8 @@ from btm_scale.config.changes import Changes, MayChange
 from btm_scale.config.section import Section
 from btm_scale.model.shape import ModelShape
 
+_FLOAT8_MULTIPLE = 16  # of both dimensions of a weight on a rank, by cuBLAS and CUTLASS
+
 
 def _local_steps(before: Layout, after: Layout) -> str:
     if before.sync_every == after.sync_every == 1:
@@ -62,6 +64,10 @@ class Layout(Section):
         default="auto",
         description="precision of weights and activations; master weights are float32; auto: the fastest on the device",
     )
+    float8: MayChange[bool] = Field(
+        default=False,
+        description="train the matrix products of layers in float8, on GPUs that have it; with precision bf16",
+    )
     micro_batch: MayChange[int] = Field(
         default=8, gt=0, description="largest number of sequences per rank and micro-batch"
     )
@@ -100,6 +106,11 @@ class Layout(Section):
             problems.append(
                 f"Cannot offload activations with recompute={self.recompute}. Only recomputed layers keep nothing but "
                 "their input: set recompute to full or tiled, or remove offload_activations."
+            )
+        if self.float8 and self.precision != "bf16":
+            problems.append(
+                f"float8 does not go with precision={self.precision}. It computes products of bfloat16 numbers: set "
+                "precision to bf16, or remove float8."
             )
         if self.sync_every > 1 and self.data == 1:
             problems.append(
@@ -182,6 +193,8 @@ class Layout(Section):
                 f"Cannot share sequences among context={self.context} ranks. context must divide the attention heads "
                 f"({heads}{on_each}): use {_either(_divisors(heads))}."
             )
+        if self.float8:
+            problems += self._float8_problems(shape)
         parts = self.context * (self.tensor if self.sequence_parallel else 1)
         if sequence_length % parts:
             longer = -(-sequence_length // parts) * parts
@@ -194,6 +207,25 @@ class Layout(Section):
                 rule = "With sequence_parallel, context x tensor must divide sequence_length"
             problems.append(f"Cannot shard sequences of {sequence_length} tokens over {over}. {rule}: use {longer}.")
         return problems
+
+    def _float8_problems(self, shape: ModelShape) -> list[str]:
+        """Return why the layers of a model cannot train in float8."""
+        if shape.experts:
+            return ["Cannot train a mixture of experts in float8. Set float8 to false in its layout."]
+        widths = {
+            "hidden": shape.hidden,
+            "queries, keys and values": shape.query_key_value_width // self.tensor,
+            "queries": shape.query_width // self.tensor,
+            "MLP": shape.ffn // self.tensor,
+        }
+        odd = [f"{name} {width}" for name, width in widths.items() if width % _FLOAT8_MULTIPLE]
+        if not odd:
+            return []
+        ranks = f" on each of {self.tensor} tensor ranks" if self.tensor > 1 else ""
+        return [
+            f"Cannot train in float8 a model with the widths {', '.join(odd)}{ranks}. GPUs take multiples of "
+            f"{_FLOAT8_MULTIPLE}: remove float8{', or lower tensor' if self.tensor > 1 else ''}."
+        ]
 
     def batch_problems(self, sequences: int) -> list[str]:
         """Return why the data ranks cannot share a batch of this many sequences evenly; empty if they can."""
@@ -225,7 +257,7 @@ class Layout(Section):
         parts = [
             self.degrees,
             f"ZeRO {self.zero}",
-            self.precision,
+            f"{self.precision} with float8 products" if self.float8 else self.precision,
             *filter(None, extras),
         ]
         return ", ".join(parts)

@@ -22,6 +22,7 @@ from torch.nn import functional
 from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.context_parallel import ContextAttention, ContextPart
 from btm_scale.model.cpu_layer import CpuLayer
+from btm_scale.model.float8 import Float8Column, Float8Row
 from btm_scale.model.fused_layer import (
     AddLayerNorm,
     AddRMSNorm,
@@ -169,6 +170,7 @@ def build_model(
     context: dist.ProcessGroup | None = None,
     partition: Partition | None = None,
     releases_weights: bool = False,
+    float8: bool = False,
     draws: bool = True,
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model; the process groups must be initialized.
@@ -180,7 +182,7 @@ def build_model(
     With `offload_activations`, the inputs of layers that are recomputed are kept in host memory.
     `context` are the ranks that share each sequence. With `partition`, no rank ever holds more than its part of the
     model and one matrix; `releases_weights` says that an engine will keep a module's weights only while it runs (both
-    ZeRO 3).
+    ZeRO 3). With `float8`, the products of layers train in float8; `dtype` is bfloat16 and the model no mixture.
     """
     fused = not on_cpu and not shape.experts
     if fused:
@@ -224,7 +226,7 @@ def build_model(
         **mixture_settings(shape),
     )
     part = None if context is None else ContextPart.of(context)
-    spec = _layer_spec(shape, config, recompute, part, fused=fused, releases_weights=releases_weights)
+    spec = _layer_spec(shape, config, recompute, part, fused=fused, releases_weights=releases_weights, float8=float8)
     if offload_activations:
         assert recompute in ("full", "tiled"), "other layers keep more than their input"
         spec.params = {**(spec.params or {}), "host_inputs": HostInputs(shape.layers)}  # of all layers
@@ -258,10 +260,11 @@ def _layer_spec(
     *,
     fused: bool,
     releases_weights: bool,
+    float8: bool,
 ) -> ModuleSpec:
     """Return the modules of a layer.
 
-    `fused`: those for a GPU; `releases_weights`: as for `build_model`.
+    `fused`: those for a GPU; `releases_weights` and `float8`: as for `build_model`.
     """
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     norm, _ = _norms(config, fused=fused)
@@ -280,6 +283,7 @@ def _layer_spec(
         and shape.query_key_value_bias
         and not shape.head_norms
         and not releases_weights
+        and not float8
         and config.tensor_model_parallel_size == 1
         and shape.head_size % 2 == 0
     ):
@@ -291,6 +295,9 @@ def _layer_spec(
     attention.submodules.core_attention = ModuleSpec(module=core, params=params)
     if shape.head_norms:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
+    if float8:
+        attention.submodules.linear_qkv = spec.submodules.mlp.submodules.linear_fc1 = Float8Column
+        attention.submodules.linear_proj = spec.submodules.mlp.submodules.linear_fc2 = Float8Row
     if shape.experts:
         spec.submodules.mlp = mixture_spec(shape)
     if recompute == "tiled" and not shape.experts:

@@ -17,7 +17,7 @@ from btm_scale.cli import forest, generate
 from btm_scale.cli.app import app, main, parse
 from btm_scale.cli.verb import Call
 from btm_scale.errors import CheckpointError
-from btm_scale.forest import router
+from btm_scale.forest import routers
 from btm_scale.forest.priors import PRIORS
 from btm_scale.generate import request
 
@@ -111,7 +111,7 @@ def test_the_ranges_that_help_gives_are_those_that_a_merge_checks(
 
 
 def test_the_choices_of_upcycle_and_generate_are_those_that_they_know() -> None:
-    assert forest.ROUTERS == router.ROUTERS
+    assert forest.ROUTERS == routers.ROUTERS
     assert list(generate.METHODS) == list(request.METHODS)
     assert generate.POSTERIORS == request.POSTERIORS
     assert generate.PRIORS == PRIORS

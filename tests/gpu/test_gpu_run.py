@@ -101,6 +101,26 @@ def test_the_losses_of_a_few_steps_are_those_of_the_cpu(finished: RunDir, config
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_products_in_float8_train_as_those_in_bfloat16_or_are_refused(
+    finished: RunDir, config: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for is_float8 in (True, False):
+        run = RunDir(tmp_path / str(is_float8))
+        share_text(run, finished)
+        settings = {"layout.precision": "bf16", "layout.float8": str(is_float8).lower(), "budget.tokens": 2 * 20 * 512}
+        options = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+        done = btm_scale("train", config, "--out", run.root, "--model", SEED, *options, check=False)
+        if is_float8 and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+            assert done.returncode != 0
+            assert "This device computes no float8 products" in done.stderr
+            return
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in metrics_of(run, SEED)])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_mixture_writes_the_same_text_on_the_gpu_by_steps_that_are_cuda_graphs(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

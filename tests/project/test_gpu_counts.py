@@ -63,11 +63,11 @@ def test_a_layer_and_the_sums_of_gradients_move_no_more_than_their_goals() -> No
 
 LAYERS = """
 import json
-from gpu_counting.cases import CASES, layer_counts, megatron_layer_counts
+from gpu_counting.cases import CASES, float8_layer_counts, layer_counts, megatron_layer_counts
 from gpu_counts import become_a_rank
 
 become_a_rank()
-counts = {"ours": layer_counts, "megatron": megatron_layer_counts}
+counts = {"ours": layer_counts, "megatron": megatron_layer_counts, "float8": float8_layer_counts}
 totals = {whose: count(CASES["llama-1.3b"]).total(products=False) for whose, count in counts.items()}
 print(json.dumps({whose: [total.kernels, total.bytes] for whose, total in totals.items()}))
 """
@@ -79,7 +79,15 @@ def test_a_layer_moves_what_is_committed() -> None:
         [sys.executable, "-c", LAYERS], cwd=ROOT / "benchmarks", check=True, capture_output=True, text=True
     )
     committed = {whose: COUNTS[whose]["layer"]["llama-1.3b"] for whose in ("ours", "megatron")}
+    committed["float8"] = COUNTS["ours"]["float8"]["llama-1.3b"]["layer"]
     assert json.loads(done.stdout) == {whose: [count["kernels"], count["bytes"]] for whose, count in committed.items()}
+
+
+def test_float8_pays_for_large_models_only() -> None:
+    for name, count in COUNTS["ours"]["float8"].items():
+        assert count["without"]["bytes"] < count["layer"]["bytes"]
+        for added in count["seconds"]["added"].values():
+            assert (count["seconds"]["saved"] > 2 * added) == (name != "paper-125m")
 
 
 # Above the plain model under torch.compile.

@@ -221,3 +221,53 @@ def test_mlps_in_tiles_train_the_same_model(family: dict[str, Any], tmp_path: Pa
         optimizer=optimizer,
     ).values():
         assert_same(actual, expected, losses=1e-5, weights=1e-4)
+
+
+WIDE = LLAMA | {"hidden": 64, "ffn": 96}  # multiples of 16 on both tensor ranks
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return trained(tmp_path_factory.mktemp("wide"), ONE_RANK, WIDE)["one"]
+
+
+def float8_layouts(ranks: int) -> Layouts:
+    settings = {"precision": "bf16", "float8": True, "micro_batch": 2, "zero": 1}
+    layouts: dict[int, list[dict[str, Any]]] = {
+        1: [{"recompute": "full"}, {"zero": 0}],
+        2: [
+            {"tensor": 2},
+            {"tensor": 2, "sequence_parallel": True, "recompute": "tiled"},
+            {"context": 2, "zero": 2},
+            {"data": 2, "zero": 3, "recompute": "selective"},
+        ],
+        4: [{"tensor": 2, "data": 2, "sequence_parallel": True, "zero": 3}],
+    }
+    return {f"float8-{number}": settings | layout for number, layout in enumerate(layouts[ranks])}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, full(4)])
+def test_products_in_float8_follow_float32_in_every_layout(
+    ranks: int, wide_model: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for actual in trained(tmp_path, float8_layouts(ranks), WIDE).values():
+        assert_same(actual, wide_model, losses=2e-2, weights=0.1)
+
+
+def test_a_run_in_float8_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    layout = {"precision": "bf16", "float8": True, "micro_batch": 2, "zero": 1}
+    spec = {
+        "folder": str(tmp_path),
+        "shape": WIDE,
+        "steps": STEPS,
+        "sequences": 8,
+        "layouts": {"all": layout, "first": layout, "rest": layout},
+        "save": {"first": STEPS // 2},
+        "begin": {"rest": "first"},
+    }
+    run_script(TESTS / "train" / "train_layouts.py", [spec], tmp_path)
+    uninterrupted, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("all", "rest"))
+    for name, value in uninterrupted.items():
+        if name not in ("losses", "bytes"):
+            assert torch.equal(resumed[name], value), name
+    assert torch.equal(resumed["losses"], uninterrupted["losses"][-len(resumed["losses"]) :])

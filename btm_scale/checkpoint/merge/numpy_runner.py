@@ -1,4 +1,4 @@
-"""Merge with NumPy what takes less time than to import torch: small models, and copies. The bytes are those of torch."""
+"""Merge with NumPy what takes less time than to import torch: small models, and copies. Bytes are those of torch."""
 
 from __future__ import annotations
 
