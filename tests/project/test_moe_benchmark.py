@@ -67,8 +67,15 @@ def test_recipes_are_relative_to_dense_and_mlp_experts_have_the_gain_that_the_mi
 def test_upcycling_has_a_row_for_each_recipe(table):
     one = {"bytes_written": 4.9e9, "anonymous_bytes": 2**28, "seconds": 9.0, "ratio": 1.2}
     upcycle = {"averaged": one, "shared": one, "bytes_per_model": 1.07e9, "environment": ENVIRONMENT}
+    upcycle |= {"copy_seconds": 7.5, "hashed_copy_seconds": 6.0}
     rows = table("moe_upcycling", {"upcycle": upcycle})
     assert rows["complete experts, the rest averaged"] == ["4.90 GB", "9.0 s", "1.20", "0.25 GiB"]
+    assert rows[f"a copy that is hashed, by {ENVIRONMENT['hardware']['cores']} processes"] == [
+        "4.90 GB",
+        "6.0 s",
+        "0.80",
+        "-",
+    ]
 
 
 def test_every_row_of_the_recipes_is_a_unit_of_the_benchmark(load, tmp_path):
