@@ -123,13 +123,13 @@ def measured(command: list[str], output: Path) -> dict[str, float]:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - started
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(log.read().decode()[-3000:])
         for file in output.rglob("*") if output.is_dir() else [output]:
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         synced = time.perf_counter() - started
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(log.read().decode()[-3000:])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {"seconds": seconds, "synced_seconds": synced, "cpu_seconds": cpu, "anonymous_bytes": peak}

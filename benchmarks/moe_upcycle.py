@@ -55,7 +55,7 @@ source, output = sys.argv[1:]
 with os.scandir(source) as entries:
     files = sorted(entry.path for entry in entries if entry.is_file())
 open(output, "wb").close()
-cores = os.cpu_count()
+cores = len(os.sched_getaffinity(0))
 def copy(rank):
     buffer, out, place = memoryview(bytearray(256 << 10)), os.open(output, os.O_WRONLY), 0
     for file in files:

@@ -22,6 +22,7 @@ class Gpu:
     bandwidth: float
     link: float  # one way, to the other GPUs of its node
     network: float  # one way, to other nodes
+    float8: bool = False  # whether it multiplies float8 (e4m3fn) matrices
 
     # Fractions of these figures that large matrix products, copies and rings reach.
     compute_share: float = 0.55
@@ -47,6 +48,7 @@ def _gpu(
     link: float,
     network: float,
     bf16: bool = True,
+    float8: bool = False,
 ) -> Gpu:
     """A row in TFLOP/s, GB and GB/s; `half` is the peak in both 16-bit formats, or of fp16 alone."""
     half, giga = half * 1e12, 1e9
@@ -60,6 +62,7 @@ def _gpu(
         bandwidth=bandwidth * giga,
         link=link * giga,
         network=network * giga,
+        float8=float8,
     )
 
 
@@ -75,16 +78,16 @@ GPUS = {
         _gpu("a100-40gb", "A100 40GB", half=312, fp32=19.5, memory=40, bandwidth=1555, link=300, network=25),
         _gpu("a100", "A100", half=312, fp32=19.5, memory=80, bandwidth=2039, link=300, network=25),
         _gpu("a800", "A800", half=312, fp32=19.5, memory=80, bandwidth=2039, link=200, network=25),
-        _gpu("l4", "L4", half=121, fp32=30.3, memory=24, bandwidth=300, link=32, network=12.5),
-        _gpu("l40", "L40", half=181, fp32=90.5, memory=48, bandwidth=864, link=32, network=25),
-        _gpu("l40s", "L40S", half=362, fp32=91.6, memory=48, bandwidth=864, link=32, network=25),
-        _gpu("h100", "H100", half=989, fp32=67, memory=80, bandwidth=3350, link=450, network=50),
-        _gpu("h100-pcie", "H100 PCIe", half=756, fp32=51, memory=80, bandwidth=2000, link=64, network=50),
-        _gpu("h100-nvl", "H100 NVL", half=835, fp32=60, memory=94, bandwidth=3900, link=64, network=50),
-        _gpu("h200", "H200", half=989, fp32=67, memory=141, bandwidth=4800, link=450, network=50),
-        _gpu("gh200", "GH200", half=989, fp32=67, memory=96, bandwidth=4000, link=450, network=50),
-        _gpu("b200", "B200", half=2250, fp32=75, memory=180, bandwidth=8000, link=900, network=50),
-        _gpu("gb200", "GB200", half=2500, fp32=80, memory=186, bandwidth=8000, link=900, network=50),
+        _gpu("l4", "L4", half=121, fp32=30.3, memory=24, bandwidth=300, link=32, network=12.5, float8=True),
+        _gpu("l40", "L40", half=181, fp32=90.5, memory=48, bandwidth=864, link=32, network=25, float8=True),
+        _gpu("l40s", "L40S", half=362, fp32=91.6, memory=48, bandwidth=864, link=32, network=25, float8=True),
+        _gpu("h100", "H100", half=989, fp32=67, memory=80, bandwidth=3350, link=450, network=50, float8=True),
+        _gpu("h100-pcie", "H100 PCIe", half=756, fp32=51, memory=80, bandwidth=2000, link=64, network=50, float8=True),
+        _gpu("h100-nvl", "H100 NVL", half=835, fp32=60, memory=94, bandwidth=3900, link=64, network=50, float8=True),
+        _gpu("h200", "H200", half=989, fp32=67, memory=141, bandwidth=4800, link=450, network=50, float8=True),
+        _gpu("gh200", "GH200", half=989, fp32=67, memory=96, bandwidth=4000, link=450, network=50, float8=True),
+        _gpu("b200", "B200", half=2250, fp32=75, memory=180, bandwidth=8000, link=900, network=50, float8=True),
+        _gpu("gb200", "GB200", half=2500, fp32=80, memory=186, bandwidth=8000, link=900, network=50, float8=True),
         _gpu("mi300x", "MI300X", half=1307, fp32=163.4, memory=192, bandwidth=5300, link=448, network=50),
     )
 }

@@ -73,7 +73,7 @@ def rank_memory(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
     if layout.float8:
-        activations += _float8_copies(shape, layout, micro_batch * length // layout.context)
+        activations += _float8_copies(shape, layout, micro_batch, length // layout.context)
     if layout.offload_activations:
         host += _host_buffers(shape, layout, micro_batch * length // layout.context)
     head = head_bytes(shape, layout, micro_batch * length // layout.context, trains_head=trains == "all")
@@ -180,11 +180,19 @@ def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: b
     return gradient + max(logits, weights * width)
 
 
-def _float8_copies(shape: ModelShape, layout: Layout, tokens: int) -> float:
+def _float8_copies(shape: ModelShape, layout: Layout, micro_batch: int, length: int) -> float:
     """Return the bytes of the factors of a layer's largest product in float8, which are copied for each product."""
-    outputs = (shape.query_key_value_width, shape.up_width)
-    inputs = (shape.query_width, shape.ffn)
-    return max(outputs + inputs) / layout.tensor * (tokens + shape.hidden)
+    of_mlp = length
+    if layout.recompute == "tiled":
+        rows = rows_per_tile(shape.hidden, micro_batch)
+        of_mlp = min(length, rows * (layout.tensor if layout.sequence_parallel else 1))
+    attention = [(shape.query_key_value_width, length), (shape.query_width, length)]
+    sizes = [*attention, (shape.up_width, of_mlp), (shape.ffn, of_mlp)]
+    # The other dimension of each matrix is the hidden size; forward and backward, a product sums over either.
+    return max(
+        width / layout.tensor * shape.hidden + micro_batch * rows * max(width / layout.tensor, shape.hidden)
+        for width, rows in sizes
+    )
 
 
 def layer_input_bytes(shape: ModelShape, layout: Layout, tokens: float) -> float:

@@ -281,7 +281,8 @@ CLAIMS = (
         "the demo's forest; eight mixtures, drawn before any was trained, each trained from the seed LM like an "
         "expert. Two constants of the prediction for trained models were chosen on the test perplexity of these "
         "mixtures with seeds 1 to 3, which therefore do not test it; seed 4 has eight others, which do",
-        f"{_RUN_DEMO}\npython benchmarks/mixtures.py --runs runs --units '*/predicted' '*/trained-*' '*/replay-*'",
+        f"{_RUN_DEMO.replace('1 2 3', '1 2 3 4')}\n"
+        "python benchmarks/mixtures.py --runs runs --units '*/predicted' '*/trained-*' 'demo-[123]/replay-*'",
         ("mixtures",),
         rank_correlations(Bound(">", 0.8)),
         "Experts that replay nothing forget the other domains, and so do their averages; a model trained on even a "

@@ -66,7 +66,7 @@ class Layout(Section):
     )
     float8: MayChange[bool] = Field(
         default=False,
-        description="train the matrix products of layers in float8, on GPUs that have it; with precision bf16",
+        description="train the matrix products of layers in float8, on GPUs that support it; with precision bf16",
     )
     micro_batch: MayChange[int] = Field(
         default=8, gt=0, description="largest number of sequences per rank and micro-batch"
@@ -110,7 +110,7 @@ class Layout(Section):
         if self.float8 and self.precision != "bf16":
             problems.append(
                 f"float8 does not go with precision={self.precision}. It computes products of bfloat16 numbers: set "
-                "precision to bf16, or remove float8."
+                "precision to bf16, or float8 to false."
             )
         if self.sync_every > 1 and self.data == 1:
             problems.append(
@@ -193,7 +193,7 @@ class Layout(Section):
                 f"Cannot share sequences among context={self.context} ranks. context must divide the attention heads "
                 f"({heads}{on_each}): use {_either(_divisors(heads))}."
             )
-        if self.float8:
+        if self.float8 and self.tensor in degrees:
             problems += self._float8_problems(shape)
         parts = self.context * (self.tensor if self.sequence_parallel else 1)
         if sequence_length % parts:
@@ -211,7 +211,7 @@ class Layout(Section):
     def _float8_problems(self, shape: ModelShape) -> list[str]:
         """Return why the layers of a model cannot train in float8."""
         if shape.experts:
-            return ["Cannot train a mixture of experts in float8. Set float8 to false in its layout."]
+            return ["Cannot train a mixture of experts in float8. Set float8 to false."]
         widths = {
             "hidden": shape.hidden,
             "queries, keys and values": shape.query_key_value_width // self.tensor,
@@ -223,8 +223,8 @@ class Layout(Section):
             return []
         ranks = f" on each of {self.tensor} tensor ranks" if self.tensor > 1 else ""
         return [
-            f"Cannot train in float8 a model with the widths {', '.join(odd)}{ranks}. GPUs take multiples of "
-            f"{_FLOAT8_MULTIPLE}: remove float8{', or lower tensor' if self.tensor > 1 else ''}."
+            f"Cannot train in float8: {', '.join(odd)}{ranks}. GPUs take widths that are multiples of "
+            f"{_FLOAT8_MULTIPLE}: set float8 to false{', or lower tensor' if self.tensor > 1 else ''}."
         ]
 
     def batch_problems(self, sequences: int) -> list[str]:

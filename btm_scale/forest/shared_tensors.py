@@ -97,7 +97,7 @@ def _differing(reference: ModelReader, experts: Mapping[str, ModelReader], part:
     """Return the experts that differ from the reference in a part of a tensor, in their order."""
     found: set[str] = set()
     specs = {expert: model.spec(part.name) for expert, model in experts.items()}
-    memory = memoryview(bytearray(_CHUNK_ELEMENTS * max(spec.itemsize for spec in specs.values())))
+    memory = memoryview(bytearray(_CHUNK_ELEMENTS * max((spec.itemsize for spec in specs.values()), default=1)))
     for chunk in parts_of(part, _CHUNK_ELEMENTS):
         theirs = {spec.code: _bytes(reference, chunk, spec.code) for spec in specs.values()}
         for name, expert in experts.items():

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from btm_scale.errors import LaunchError
+from btm_scale.util.imports import run_uncompiled_without_compiler
 
 _DTYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_DTYPE).max
@@ -34,32 +35,43 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """Return left right^T, bfloat16 [n, m], computed from float8 copies of left [n, width] and right [m, width].
 
     m and width are multiples of 16. A row or column of the result is NaN if a number it is computed from is NaN or
-    infinite.
+    infinite. A CPU emulates it: not every version of PyTorch has the operator there.
     """
     (rows, of_rows), (columns, of_columns) = quantized(left), quantized(right)
+    return (_emulated if rows.is_cpu else _scaled)(rows, columns.t(), of_rows, of_columns.t())
+
+
+def _scaled(rows: Tensor, columns: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
     recipe = ScalingType.RowWise
-    return scaled_mm(rows, columns.t(), of_rows, recipe, of_columns.t(), recipe, output_dtype=torch.bfloat16)
+    return scaled_mm(rows, columns, of_rows, recipe, of_columns, recipe, output_dtype=torch.bfloat16)
+
+
+def _emulated(rows: Tensor, columns: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    return (torch.mm(rows.float(), columns.float()) * of_rows * of_columns).bfloat16()
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return a contiguous float8 copy of `rows` [n, width], and its scales [n, 1], float32.
 
-    A scale is the smallest power of two with which all numbers of the row are in float8's range.
+    A scale is the smallest power of two, from 2^-100 on, with which all numbers of the row are in float8's range.
     """
-    return (_compiled() if rows.is_cuda else _quantize)(rows)
+    # Detached: torch.compile would compile anew for every shape of a parameter, and where it requires no gradient.
+    return (_compiled() if rows.is_cuda else _quantize)(rows.detach())
 
 
 def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / _LARGEST).clamp(min=_SMALLEST_SCALE)
-    # Rounded up to a power of two, whose significand is 0. NaN and infinity remain.
-    power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    scale = torch.where(scale.isfinite(), power, torch.nan)
-    return (rows.float() / scale).to(_DTYPE).contiguous(), scale
+    # Rounded up to a power of two, whose significand is 0. Its inverse has the opposite exponent, so it is exact.
+    power = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    inverse = (0x7F000000 - power).view(torch.float32)
+    values = (rows.float() * inverse).to(_DTYPE).contiguous()
+    return values, torch.where(scale.isfinite(), power.view(torch.float32), torch.nan)
 
 
 @functools.cache
 def _compiled() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Return `_quantize` in one kernel for all sizes."""
+    """Return `_quantize`, compiled for all sizes at once."""
+    run_uncompiled_without_compiler()
     return torch.compile(_quantize, dynamic=True)
 
 
@@ -68,20 +80,24 @@ def require_float8(device: torch.device) -> None:
     """Raise LaunchError if a device does not compute float8 products, or computes wrong ones."""
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(_PROBE, _PROBE, generator=draw).to(device, torch.bfloat16) for _ in range(2))
-    try:
-        result = product(left, right).double()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise LaunchError(
-            f"This device computes no float8 products ({str(error).splitlines()[0]}). NVIDIA GPUs do from compute "
-            "capability 8.9. Set layout.float8 to false."
-        ) from None
-    expected = left.double() @ right.double().t()
-    found = float((result - expected).norm() / expected.norm())
-    if not found < _TOLERANCE:
-        raise LaunchError(
-            f"A float8 product of this device has a relative error of {found:.2g}, and should have about 0.03. Set "
-            "layout.float8 to false, and report the device and the version of torch."
-        )
+    for columns in (right, right.t()):  # as forward, and for the gradient of activations
+        try:
+            result = product(left, columns).double()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise LaunchError(
+                f"This device computes no float8 products ({reason}). NVIDIA GPUs do from compute capability 8.9. Set "
+                "layout.float8 to false."
+            ) from None
+        expected = left.double() @ columns.double().t()
+        found = float((result - expected).norm() / expected.norm())
+        if not found < _TOLERANCE:
+            raise LaunchError(
+                f"A float8 product of this device has a relative error of {found:.2g}, and should have about 0.03. Set "
+                "layout.float8 to false, and report the device and the version of torch."
+            )
 
 
 class Float8Product(torch.autograd.Function):
@@ -102,7 +118,7 @@ class Float8Product(torch.autograd.Function):
         shards_sequence: bool,
     ) -> Tensor:
         """Return [..., outputs], of the complete sequence."""
-        ctx.save_for_backward(states, weight)
+        ctx.save_for_backward(states if ctx.needs_input_grad[1] else None, weight)
         ctx.sums, ctx.group, ctx.shards_sequence = sums, group, shards_sequence
         return _product(_complete(states, group, shards_sequence), weight)
 
@@ -111,19 +127,21 @@ class Float8Product(torch.autograd.Function):
         """Return the gradients of states and weight, the latter unless it is summed."""
         states, weight = ctx.saved_tensors
         (gradient,) = gradients
-        for_states = for_weight = None
+        for_states = for_weight = reduction = None
         if ctx.needs_input_grad[0]:
             for_states = _product(gradient, weight.t())
             if ctx.shards_sequence:
                 for_states = reduce_scatter_to_sequence_parallel_region(for_states, group=ctx.group)
             elif ctx.group is not None:
-                dist.all_reduce(for_states, group=ctx.group)
+                reduction = dist.all_reduce(for_states, group=ctx.group, async_op=True)  # beside the weight's gradient
         if ctx.needs_input_grad[1]:
             rows = _complete(states, ctx.group, ctx.shards_sequence).flatten(0, -2)
             if ctx.sums is not None:
                 layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(rows, gradient.flatten(0, -2), ctx.sums)
             else:
                 for_weight = torch.mm(gradient.flatten(0, -2).t(), rows)
+        if reduction is not None:
+            reduction.wait()
         return for_states, for_weight, None, None, None
 
 

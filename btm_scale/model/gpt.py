@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from functools import partial
 from typing import Any, Literal
 
@@ -48,6 +47,7 @@ from btm_scale.model.recompute import (
 )
 from btm_scale.model.rotary import Rotary
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.imports import run_uncompiled_without_compiler
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
@@ -186,8 +186,7 @@ def build_model(
     """
     fused = not on_cpu and not shape.experts
     if fused:
-        # Megatron-core compiles SwiGLU and GELU. Without a C compiler they run as they are, and PyTorch logs why.
-        importlib.import_module("torch._dynamo").config.suppress_errors = True
+        run_uncompiled_without_compiler()  # Megatron-core compiles SwiGLU and GELU
     config = TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,

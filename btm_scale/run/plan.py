@@ -8,7 +8,7 @@ from typing import Any
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import ConfigError
+from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.launch.plan import (
     Cluster,
     GroupPlan,
@@ -36,6 +36,11 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     config, proposed = with_proposals(config, shape, cluster)
     config = config.with_precision(cluster.gpu.half)
     jobs = {name: training_job(config, name) for name in model_names(config)}
+    if not cluster.gpu.float8 and any(job.layout.float8 for job in jobs.values()):
+        raise LaunchError(
+            f"Cannot train in float8 on {cluster.gpu.name}. NVIDIA GPUs support it from compute capability 8.9: choose "
+            "another GPU, or set layout.float8 to false."
+        )
     stages = []
     for names in training_stages(config):
         # With seed share 0 the seed LM takes no step, with 1 its branches.

@@ -215,6 +215,8 @@ def on_this_device(config: RunConfig, run: RunDir, *, logs: bool = True) -> RunC
     if todo and logs:
         devices = f"GPUs: {len(gpus.names)} x {gpus.kinds[0]}" if gpus.names else f"the CPU: {gpus.reason}"
         logger.info("groups run on %s", devices)
+        if not gpus.names and any(training_job(config, model).layout.float8 for model in todo):
+            logger.warning("layout.float8 is emulated on a CPU, which takes many times as long as bf16")
     if "auto" in config.precisions:
         config = config.with_precision(ask_device(config.launch.device).fast)
     needed = {training_job(config, model).layout.precision for model in todo}

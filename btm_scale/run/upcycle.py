@@ -174,7 +174,7 @@ def _make(
 
     router = None
     if recipe.router != "random":
-        from btm_scale.run import mixture_router  # imports torch, as long as much of a merge takes
+        from btm_scale.run import mixture_router  # imports torch, which takes as long as much of a merge
     if recipe.router == ROUTED:
         unrouted = unrouted_path(final)
         shutil.rmtree(unrouted, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,6 @@ from btm_scale.model.partition import Partition
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.jobs import TrainingJob
-
-logger = logging.getLogger(__name__)
 
 
 def new_model(
@@ -36,8 +33,6 @@ def new_model(
     layout = job.layout
     if layout.float8:
         require_float8(group.device)
-        if group.device.type == "cpu" and group.is_first:
-            logger.warning("layout.float8 is emulated on a CPU, which takes many times longer than without it")
     partition = None
     # Data ranks that take local steps each have all weights.
     if layout.zero == 3 and layout.replicas > 1 and layout.sync_every == 1:

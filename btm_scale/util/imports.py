@@ -25,6 +25,11 @@ def import_uncompiled(module: str) -> None:
         torch.compile = compiling
 
 
+def run_uncompiled_without_compiler() -> None:
+    """Let functions that cannot be compiled here, such as for want of a C compiler, run as they are; torch logs why."""
+    importlib.import_module("torch._dynamo").config.suppress_errors = True
+
+
 def _as_it_is(function: Any = None, **options: Any) -> Any:
     return _as_it_is if function is None else function
 

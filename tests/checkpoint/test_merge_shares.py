@@ -15,10 +15,10 @@ from helpers.small_models import HUGGINGFACE_SIZES
 from btm_scale.checkpoint.formats.tensors import as_bytes, dtype_of
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
-from btm_scale.checkpoint.merge.numpy_runner import _is_finite
+from btm_scale.checkpoint.merge.numpy_runner import _is_finite, is_copied_or_drawn
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.planning import make_plan
-from btm_scale.checkpoint.merge.shares import _cost, mostly_copies, needs_no_sums, shares
+from btm_scale.checkpoint.merge.shares import _cost, mostly_copies, shares
 
 NAMES = ("a", "b", "c")
 SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"model_type": "llama", "max_position_embeddings": 32}
@@ -82,7 +82,7 @@ def test_every_unit_is_in_one_share_and_no_share_is_much_larger_than_another(
     folder: Path, shared: bool, size: int, torch_starts: bool
 ) -> None:
     plan = plan_of(folder, shared=shared)
-    given = shares(plan, size, torch_starts=torch_starts)
+    given = shares(plan, plan.units, size, torch_starts=torch_starts)
     assert sorted((unit for own in given for unit in own), key=plan.units.index) == plan.units
     assert all(own == sorted(own, key=plan.units.index) for own in given)
     if not torch_starts:
@@ -90,20 +90,28 @@ def test_every_unit_is_in_one_share_and_no_share_is_much_larger_than_another(
         assert max(load) - min(load) <= max(_cost(plan, unit) for unit in plan.units)
 
 
-def test_as_few_processes_as_possible_import_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("start", "expected"), [(0.0, [1, 2, 3, 8]), (0.05, [1, 1, 2, 4]), (2.0, [1, 1, 2, 2])])
+def test_only_as_many_processes_import_torch_as_are_needed(
+    start: float, expected: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(folder, shared=False)
     assert mostly_copies(plan)
     total = sum(_cost(plan, unit) for unit in plan.units)
-    sums = sum(_cost(plan, unit) for unit in plan.units if not needs_no_sums(plan, unit.name))
-    assert 0 < sums < total / 2
-    monkeypatch.setattr("btm_scale.checkpoint.merge.shares._START_BYTES", total // 20)
+    monkeypatch.setattr("btm_scale.checkpoint.merge.shares._START_BYTES", int(start * total))
+    found = []
+    for size in (1, 2, 3, 8):
+        given = shares(plan, plan.units, size, torch_starts=True)
+        found.append(sum(any(not is_copied_or_drawn(plan, unit.name) for unit in own) for own in given))
+    assert found == expected
 
-    def with_torch(size: int) -> int:
-        given = shares(plan, size, torch_starts=True)
-        return sum(any(not needs_no_sums(plan, unit.name) for unit in own) for own in given)
 
-    assert with_torch(2) == 1
-    assert 1 < with_torch(20) < 20
+def test_what_an_interrupted_merge_left_is_shared_out_anew(folder: Path) -> None:
+    plan = plan_of(folder, shared=False)
+    sums = [unit for unit in plan.units if not is_copied_or_drawn(plan, unit.name)]
+    given = shares(plan, sums, 2, torch_starts=False)
+    assert sorted((unit for own in given for unit in own), key=plan.units.index) == sums
+    assert all(given)
+    assert shares(plan, [], 3, torch_starts=True) == [[], [], []]
 
 
 @pytest.mark.parametrize("rest", ["shared", "averaged"])

@@ -113,9 +113,13 @@ def test_gradients_are_a_float8_product_and_a_bfloat16_product(summed: bool, mon
 
 def test_frozen_weights_have_no_gradient() -> None:
     states, weight = numbers(4, 32).requires_grad_(), numbers(48, 32, seed=1)
-    Float8Product.apply(states, weight, None, None, False).sum().backward()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        result = Float8Product.apply(states, weight, None, None, False)
+    result.sum().backward()
     assert states.grad is not None
     assert weight.grad is None
+    assert [tensor.shape for tensor in saved] == [weight.shape], "the states are of use to the weight's gradient only"
 
 
 def test_evaluation_is_left_to_megatron_core() -> None:
@@ -136,18 +140,54 @@ def test_this_cpu_computes_float8_products_and_what_does_not_is_refused(monkeypa
     require_float8.cache_clear()
     require_float8(cpu)
 
-    def missing(*_: object, **__: object) -> Tensor:
-        raise RuntimeError("scaled_mm needs compute capability 8.9\nC++ CapturedTraceback")
+    def raising(error: Exception) -> Any:
+        def product(*_: Tensor) -> Tensor:
+            raise error
 
-    def wrong(rows: Tensor, columns: Tensor, *_: object, **__: object) -> Tensor:
+        return product
+
+    def wrong(rows: Tensor, columns: Tensor, *_: Tensor) -> Tensor:
         return (rows.float() @ columns.float()).bfloat16()  # without scales
 
-    for replacement, message in ((missing, r"\(scaled_mm needs compute capability 8.9\)"), (wrong, "relative error")):
+    for replacement, error, message in (
+        (raising(RuntimeError("scaled_mm needs 8.9\nC++ CapturedTraceback")), LaunchError, r"\(scaled_mm needs 8.9\)"),
+        (raising(NotImplementedError()), LaunchError, r"\(NotImplementedError\)"),
+        (raising(torch.OutOfMemoryError("full")), torch.OutOfMemoryError, "full"),
+        (wrong, LaunchError, "relative error"),
+    ):
         require_float8.cache_clear()
-        monkeypatch.setattr(float8, "scaled_mm", replacement)
-        with pytest.raises(LaunchError, match=message):
+        monkeypatch.setattr(float8, "_emulated", replacement)
+        with pytest.raises(error, match=message):
             require_float8(cpu)
     require_float8.cache_clear()
+
+
+def test_a_cpu_emulates_the_operator_that_a_gpu_runs() -> None:
+    (rows, of_rows), (columns, of_columns) = quantized(numbers(40, 64)), quantized(numbers(48, 64, seed=1))
+    arguments = rows, columns.t(), of_rows, of_columns.t()
+    torch.testing.assert_close(float8._scaled(*arguments), float8._emulated(*arguments), rtol=0.01, atol=0.01)
+
+
+def test_one_compilation_serves_weights_of_all_shapes_frozen_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU runs the compiled function; torch compiles a function at most eight times, and runs it as it is then."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    by_backend = torch.compile(float8._quantize, backend=backend, dynamic=True)
+    monkeypatch.setattr(float8, "_quantize", by_backend)
+    for frozen in (False, True):
+        for outputs, width in ((48, 32), (64, 32), (32, 64), (96, 48), (16, 80)):
+            weight = torch.nn.Parameter(numbers(outputs, width), requires_grad=not frozen)
+            for rows in (4, 8, 20):
+                states = numbers(rows, width).requires_grad_()
+                result = Float8Product.apply(states, weight, None, None, False)
+                result.backward(torch.ones_like(result))
+    torch._dynamo.reset()
+    assert 1 <= len(compiled) <= 3
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
@@ -164,6 +204,7 @@ def test_widths_must_be_multiples_of_16_on_every_tensor_rank() -> None:
     assert layout.problems(odd, 16) == []
     (problem,) = layout.model_copy(update={"tensor": 2}).problems(odd, 16)
     assert "MLP 56 on each of 2 tensor ranks" in problem
+    assert len(layout.model_copy(update={"tensor": 3}).problems(SHAPE, 16)) == 1, "3 divides nothing"
     assert "lower tensor" in problem
     assert "mixture" in layout.problems(SHAPE.mixture(4, 2), 16)[0]
 

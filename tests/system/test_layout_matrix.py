@@ -254,6 +254,38 @@ def test_products_in_float8_follow_float32_in_every_layout(
         assert_same(actual, wide_model, losses=2e-2, weights=0.1)
 
 
+@pytest.mark.parametrize("trains", ["all", "mlp"])
+@pytest.mark.parametrize("family", ["gpt2", full("qwen2"), "qwen3"])
+def test_but_for_their_rounding_products_in_float8_are_those_in_bfloat16(
+    family: str, trains: str, tmp_path: Path
+) -> None:
+    """With biases, norms of heads and frozen weights, and gradients that are summed in the products."""
+    sizes = WIDE | {"family": family} | ({"kv_heads": 4} if family == "gpt2" else {})
+    layout = {"precision": "bf16", "micro_batch": 2}
+    settings: dict[int, list[dict[str, Any]]] = {
+        1: [{"zero": 1, "recompute": "selective"}, {"zero": 2, "recompute": "tiled"}],
+        2: [{"tensor": 2, "zero": 1}, {"tensor": 2, "zero": 0, "sequence_parallel": True, "recompute": "full"}],
+    }
+    for ranks, some in settings.items():
+        for number, setting in enumerate(some):
+            spec = {
+                "folder": str(tmp_path),
+                "shape": sizes,
+                "steps": 6,
+                "sequences": 8,
+                "trains": trains,
+                "rounded_to_bfloat16": True,
+                "layouts": {
+                    f"{ranks}-{number}-{is_float8}": layout | setting | {"float8": is_float8}
+                    for is_float8 in (True, False)
+                },
+            }
+            run_script(TESTS / "train" / "train_layouts.py", [spec], tmp_path)
+            ours, theirs = (load_file(tmp_path / f"{ranks}-{number}-{way}.safetensors") for way in (True, False))
+            del ours["bytes"], theirs["bytes"]
+            assert all(torch.equal(ours[name], value) for name, value in theirs.items()), setting
+
+
 def test_a_run_in_float8_resumes_with_the_same_bits(tmp_path: Path) -> None:
     layout = {"precision": "bf16", "float8": True, "micro_batch": 2, "zero": 1}
     spec = {

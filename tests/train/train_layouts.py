@@ -3,8 +3,9 @@
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
 (name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
 part that it `trains`, the fraction of targets that are parts of `answers`, the token that is `end_of_text` of separate
-documents, the folder of a `pretrained` model to begin with, `begin` (by layout, the name of the layout whose checkpoint
-to resume from) and `save` (the step at which to save a checkpoint and stop; or by layout, also of those that resume).
+documents, the folder of a `pretrained` model to begin with, whether float8 products are `rounded_to_bfloat16` instead,
+`begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step at which to save a
+checkpoint and stop; or by layout, also of those that resume).
 For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face
 names; with `gradients`, also the first moments after the first step, which are a multiple of its gradients, under
 `exp_avg/NAME`.
@@ -29,6 +30,7 @@ from btm_scale.config.moe import MoeTrainConfig
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.data.chat.packing import START, UNTRAINED
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.model import float8
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
 from btm_scale.model.trained import freeze_rest, frozen_names
@@ -144,6 +146,8 @@ def require_complete(engine: Engine, folder: Path) -> None:
 
 def train_all(spec: dict[str, Any]) -> None:
     group: ExpertGroup | None = None
+    if spec.get("rounded_to_bfloat16"):
+        float8.product = lambda left, right: torch.mm(left, right.t())
     sent = count_bytes()
     for name, values in spec["layouts"].items():
         config = Layout.model_validate(values)

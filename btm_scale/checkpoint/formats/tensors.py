@@ -210,14 +210,18 @@ class ModelReader(ABC):
 
     def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
         """Return the bytes of row-major elements `[start, stop)`, in the tensor's dtype."""
+        if stop < start:
+            raise IndexError(f"Elements [{start}, {stop}) of '{name}' end before they begin")
         out = memoryview(bytearray((stop - start) * self.spec(name).itemsize))
         self.read_bytes_into(name, start, out)
         return out
 
     def read_bytes_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of row-major elements from `start`, in the tensor's dtype."""
-        stop = start + len(out) // self.spec(name).itemsize
-        out[:] = as_bytes(self.read_range(name, start, stop))
+        elements, rest = divmod(len(out), self.spec(name).itemsize)
+        if rest:
+            raise IndexError(f"{len(out)} bytes are not complete elements of '{name}', {self.spec(name)}")
+        out[:] = as_bytes(self.read_range(name, start, start + elements))
 
     def read(self, name: str) -> torch.Tensor:
         """Return the full tensor."""

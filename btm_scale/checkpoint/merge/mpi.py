@@ -73,7 +73,6 @@ def _own_share(ranks: Any, outputs: Sequence[Output], chunk_bytes: int) -> str |
                 ranks.rank,
                 ranks.size,
                 chunk_bytes=chunk_bytes,
-                by_shard=True,
                 bar=None if ranks.rank else bar,
             )
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Merge with NumPy what takes less time than to import torch: small models, and copies. Bytes are those of torch."""
+"""Merge small models, and copy tensors of any size, with NumPy instead of torch. The bytes are the same."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from btm_scale.checkpoint.formats.rounded import EXPONENTS
-from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.tensors import FP8, ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
 from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner, parts_of
+from btm_scale.util.one_thread import one_torch_thread
 
 MOST_BYTES = 32 << 20  # of all inputs; larger merges are faster with torch, its import included
 _NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not underflow
@@ -26,17 +27,17 @@ _FLOATS = ("F64", *_NARROW)
 def without_torch(target: Target) -> frozenset[str]:
     """Return the tensors that are merged without torch: all of a small merge, or those that are copied or drawn.
 
-    None if a process that imports torch anyway would merge them: in a small merge, if another tensor needs it.
+    Empty for a small merge in which another tensor needs torch, since the process imports it anyway.
     """
     names = [name for name in target.plan.specs if _has_numpy_method(target, name)]
     if target.plan.bytes_read <= MOST_BYTES:
         return frozenset(names if len(names) == len(target.plan.specs) else [])
-    return frozenset(name for name in names if needs_no_sums(target.plan, name))
+    return frozenset(name for name in names if is_copied_or_drawn(target.plan, name))
 
 
-def needs_no_sums(plan: MergePlan, name: str) -> bool:
-    """Whether a tensor is copied, or drawn at random."""
-    return plan.copies(name) or not plan.how(name).models
+def is_copied_or_drawn(plan: MergePlan, name: str) -> bool:
+    """Whether a tensor needs no sums. Float8, whose numbers torch counts, is left out."""
+    return plan.specs[name].code not in FP8 and (plan.copies(name) or not plan.how(name).models)
 
 
 def torch_is_loaded() -> bool:
@@ -75,7 +76,8 @@ class NumpyRunner:
         for part in parts_of(unit, self.chunk_bytes // self._target.plan.specs[unit.name].itemsize):
             data = self._merged(part)
             if data is None:
-                return UnitRunner(self._target, self.chunk_bytes)(unit)
+                with one_torch_thread():
+                    return UnitRunner(self._target, self.chunk_bytes)(unit)
             self._target.writer.write_bytes(unit.name, part.start, data)
             hashes.update(data)
         return unit, [hashes.finished()]
@@ -105,7 +107,7 @@ class NumpyRunner:
         return rounded.data.cast("B") if np.isfinite(widened(rounded.data, spec.code)).all() else None
 
     def _bytes(self, size: int) -> memoryview:
-        """Return `size` bytes that this thread filled before: to allocate them takes longer than to copy into them."""
+        """Return a buffer that this thread reuses: to allocate it takes longer than to copy into it."""
         data: memoryview | None = getattr(self._memory, "data", None)
         if data is None or len(data) < size:
             self._memory.data = data = memoryview(bytearray(size))

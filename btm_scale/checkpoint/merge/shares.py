@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-from btm_scale.checkpoint.merge.numpy_runner import needs_no_sums
+from collections.abc import Sequence
+
+from btm_scale.checkpoint.merge.numpy_runner import is_copied_or_drawn
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 
-_START_BYTES = 1 << 30  # that a process copies in the second in which it would import torch
-_SUM_BYTES = 3  # read by a process that adds up in the time of copying one
+_START_BYTES = 1 << 30  # copied in the time that importing torch takes
+_SUMMED_PER_COPIED = 3  # bytes read for a sum in the time in which one is copied
+_LONGER = 1.1  # than with the best number of processes that import torch, for fewer of them
 
 
 def mostly_copies(plan: MergePlan) -> bool:
     """Whether most of the output is copied from one of the models, or drawn."""
-    copied = sum(spec.nbytes for name, spec in plan.specs.items() if needs_no_sums(plan, name))
+    copied = sum(spec.nbytes for name, spec in plan.specs.items() if is_copied_or_drawn(plan, name))
     return 2 * copied > sum(spec.nbytes for spec in plan.specs.values())
 
 
-def shares(plan: MergePlan, size: int, *, torch_starts: bool) -> list[list[Unit]]:
-    """Return the units of each of `size` processes, in the order of the plan, so that all take about the same time.
+def shares(plan: MergePlan, units: Sequence[Unit], size: int, *, torch_starts: bool) -> list[list[Unit]]:
+    """Return the units of each of `size` processes, in their order, so that all take about the same time.
 
-    Every process computes the same. If `torch_starts`, a process imports torch for its first unit that is a sum, so
-    as few processes as possible get these.
+    If `torch_starts`, a process imports torch for its first sum, so only as many get sums as are needed.
     """
-    units, ranks = plan.units, range(size)
     costs = {unit: _cost(plan, unit) for unit in units}
-    start = _START_BYTES if torch_starts else 0
-    fair = (sum(costs.values()) + start) / size
-    given: list[list[Unit]] = [[] for _ in ranks]
-    load, with_torch = [0] * size, {i for i in ranks if not torch_starts}
-    copies = [unit for unit in units if needs_no_sums(plan, unit.name)]
-    for unit in [unit for unit in units if not needs_no_sums(plan, unit.name)]:
-        ready = [i for i in sorted(with_torch) if load[i] < fair]
-        if not ready and len(with_torch) < size:
-            ready = [len(with_torch)]
-            load[ready[0]] = start
-        rank = min(ready or ranks, key=load.__getitem__)
-        with_torch.add(rank)
-        load[rank] += costs[unit]
-        given[rank].append(unit)
-    for unit in copies:
-        rank = min(ranks, key=load.__getitem__)
-        load[rank] += costs[unit]
-        given[rank].append(unit)
+    sums = [unit for unit in units if not is_copied_or_drawn(plan, unit.name)]
+    copies = [unit for unit in units if is_copied_or_drawn(plan, unit.name)]
+    start = _START_BYTES if torch_starts and sums else 0
+    adding, total = sum(costs[unit] for unit in sums), sum(costs.values())
+    # The time of those with torch, and that of all processes together. Torch takes memory in each that imports it.
+    longest = {count: max(start + adding / count, (total + start * count) / size) for count in range(1, size + 1)}
+    with_torch = next(count for count, time in longest.items() if time <= _LONGER * min(longest.values()))
+    load = [start if rank < with_torch else 0 for rank in range(size)]
+    given: list[list[Unit]] = [[] for _ in load]
+    for group, ranks in ((sums, range(with_torch if start else size)), (copies, range(size))):
+        for unit in group:
+            rank = min(ranks, key=load.__getitem__)
+            load[rank] += costs[unit]
+            given[rank].append(unit)
     place = {unit: i for i, unit in enumerate(units)}
     return [sorted(own, key=place.__getitem__) for own in given]
 
@@ -48,5 +45,5 @@ def shares(plan: MergePlan, size: int, *, torch_starts: bool) -> list[list[Unit]
 def _cost(plan: MergePlan, unit: Unit) -> int:
     """Return how many bytes are copied in the time that a unit takes."""
     written = (unit.stop - unit.start) * plan.specs[unit.name].itemsize
-    read = 0 if needs_no_sums(plan, unit.name) else len(plan.how(unit.name).models) * written
-    return written + read // _SUM_BYTES
+    read = 0 if is_copied_or_drawn(plan, unit.name) else len(plan.how(unit.name).models) * written
+    return written + read // _SUMMED_PER_COPIED

@@ -42,16 +42,14 @@ def merge_share(
     size: int,
     *,
     chunk_bytes: int,
-    by_shard: bool = False,
-    torch_starts: bool = False,
+    given: Sequence[Sequence[Unit]] | None = None,
     bar: Bar | None = None,
 ) -> None:
     """Merge and record this rank's part, one of `size`, of the remaining units, which all outputs have in common.
 
-    `by_shard` assigns every output file to one rank: on NFS two hosts must not write the same page of a file.
-    `torch_starts`: torch is imported by the ranks that need it. `bar` is updated with what all ranks recorded.
+    `given` has the units of each rank of this host. Without it, every output file is assigned to one rank: on NFS two
+    hosts must not write the same page of a file. `bar` is updated with what all ranks recorded.
     """
-    done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
     with ExitStack() as stack:
         paths = {source.path for plan, _ in outputs for source in plan.everyone}
         models = outputs[0][0].views.open(sorted(paths), stack)
@@ -62,12 +60,13 @@ def merge_share(
             inputs = [models[source.path] for source in plan.sources]
             targets.append(Target(plan, inputs, models[plan.base.path] if plan.base else None, writer))
         first = targets[0]
-        if by_shard:
-            mine = [unit for unit in first.plan.units if first.writer.shard_of(unit.name) % size == rank]
+        if given is None:
+            units: Sequence[Unit] = [
+                unit for unit in remaining(outputs) if first.writer.shard_of(unit.name) % size == rank
+            ]
         else:
-            mine = shares(first.plan, size, torch_starts=torch_starts)[rank]
-        left = [unit for unit in mine if unit not in done]
-        cores = max(1, visible_cores() // (1 if by_shard else size))
+            units = given[rank]
+        cores = max(1, visible_cores() // (1 if given is None else size))
 
         def note(finished: Sequence[tuple[Unit, list[list[str]]]]) -> None:
             def note_one(i: int) -> None:
@@ -78,9 +77,15 @@ def merge_share(
 
             in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound
 
-        for run, units in _runners(targets, left, chunk_bytes):
+        for run, part in _runners(targets, units, chunk_bytes):
             with nullcontext() if isinstance(run, NumpyRunner) else one_torch_thread():
-                _run_all(units, run, min(cores, MOST), note, bar)
+                _run_all(part, run, min(cores, MOST), note, bar)
+
+
+def remaining(outputs: Sequence[Output]) -> list[Unit]:
+    """Return the units that are not recorded for all outputs, in the order of the plan."""
+    done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
+    return [unit for unit in outputs[0][0].units if unit not in done]
 
 
 def _runners(
@@ -90,10 +95,10 @@ def _runners(
     if len(targets) > 1:
         yield MeansRunner(targets, chunk_bytes), units
         return
-    light = frozenset() if torch_is_loaded() else without_torch(targets[0])
-    if first := [unit for unit in units if unit.name in light]:
+    by_numpy = frozenset() if torch_is_loaded() else without_torch(targets[0])
+    if first := [unit for unit in units if unit.name in by_numpy]:
         yield NumpyRunner(targets[0], chunk_bytes), first
-    if rest := [unit for unit in units if unit.name not in light]:
+    if rest := [unit for unit in units if unit.name not in by_numpy]:
         yield UnitRunner(targets[0], chunk_bytes), rest
 
 
@@ -106,7 +111,8 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     torch_starts = forks and large and not torch_is_loaded() and len(outputs) == 1 and mostly_copies(outputs[0][0])
     if forks and large and jobs > 1 and not torch_starts:
         importlib.import_module("torch")  # once, instead of in each forked process
-    share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes, torch_starts=torch_starts)
+    given = shares(outputs[0][0], remaining(outputs), jobs, torch_starts=torch_starts)
+    share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes, given=given)
     with Bar(outputs) as bar:
         if jobs == 1:
             return share(0, bar=bar)
