@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from doc_mixtures import HELD_OUT
 from mixture_forest import Forest, perplexities, surfaces, weights_for
 from units import matching, measure, print_units
 
@@ -31,7 +32,6 @@ from btm_scale.run_dir import RunDir
 RESULT = Path(__file__).parent / "results" / "mixtures.json"
 RATIOS = Path(__file__).parent / "mixture_ratios.json"
 RUNS = ("demo-1", "demo-2", "demo-3", "demo-4")
-HELD_OUT = "demo-4"  # none of its mixtures was known when the constants of the prediction were chosen
 REPLAY = (0.1, 0.3)
 KEEP = (1.0, 1.02, 1.05, 1.1)  # of every other domain's perplexity, for the critical mixture ratio
 

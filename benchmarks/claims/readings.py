@@ -166,18 +166,26 @@ def all_of(*readings: Reading) -> Reading:
 def rank_correlations(bound: Bound) -> Reading:
     """Read Spearman's correlation of the mean perplexity of averages with that of trained mixtures.
 
-    That of the perplexity which is predicted of trained models is beside it, without a bound.
+    That of the perplexity which is predicted of trained models is beside it, without a bound. The forest whose
+    mixtures are held out has figures of its own.
     """
-    from doc_mixtures import PREDICTIONS, predictors, rank_correlation
+    from doc_mixtures import HELD_OUT, PREDICTIONS, predictors, rank_correlation
 
     def read(evidence: Evidence) -> list[Figure]:
         units, found = evidence.units("mixtures"), []
         for key, of in reversed(PREDICTIONS.items()):
             for unit, experts in predictors():
-                by_forest = {name: rank_correlation(units, name, unit, key) for name in _forests(units)}
-                values = {int(name.rpartition("-")[2]): value for name, value in by_forest.items() if value is not None}
-                label = f"Spearman's correlation, {of}, {experts} in the experts"
-                found.append(Figure(label, values, bound if key == "averages" else None))
+                for held_out in (False, True):
+                    values = {
+                        int(name.rpartition("-")[2]): value
+                        for name in _forests(units)
+                        if (name == HELD_OUT) == held_out
+                        and (value := rank_correlation(units, name, unit, key)) is not None
+                    }
+                    if values or not held_out:
+                        label = f"Spearman's correlation, {of}, {experts} in the experts"
+                        label += ", other mixtures" if held_out else ""
+                        found.append(Figure(label, values, bound if key == "averages" else None))
         return found
 
     return read
