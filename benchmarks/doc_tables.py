@@ -326,7 +326,7 @@ def _on_gpu() -> str:
     if not path.is_file():
         return "not measured"
     peers = json.loads(path.read_text())["peers"]
-    return ", ".join(f"{figures['model_flops_utilisation']:.2f}" for figures in peers.values())
+    return ", ".join(f"{peer} {figures['model_flops_utilisation']:.2f}" for peer, figures in peers.items())
 
 
 def _read(name: str) -> dict[str, Any]:

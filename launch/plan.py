@@ -253,7 +253,6 @@ def _layouts(ranks: int, context: int, cluster: Cluster, base: Layout) -> Iterat
                         recompute=recompute,
                         sequence_parallel=tensor > 1,
                         precision=base.precision,
-                        float8=base.float8,
                     )
         tensor *= 2
 

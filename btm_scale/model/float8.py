@@ -1,4 +1,4 @@
-"""Linear layers of Megatron-core whose products run in float8 during training, on GPUs that have them.
+"""Linear layers of Megatron-core whose products run in float8 during training, on GPUs that support it.
 
 Forward products and the gradients of activations are computed from float8 (e4m3) copies with a scale per row, by
 PyTorch's `scaled_mm`; the gradients of weights in bfloat16, into the same float32 sums as without float8. Nothing is

@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from btm_scale.checkpoint.merge.arrays import add_weighted
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, narrowed, widened
 from btm_scale.checkpoint.merge.registry import METHODS
+from btm_scale.checkpoint.merge.runner import UnitRunner
 
 ELEMENTWISE = sorted(name for name, method in METHODS.items() if method.elementwise and name != "moe")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -106,6 +109,30 @@ def test_numbers_that_are_not_finite_are_left_to_torch(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "torch_is_loaded", lambda: True)
         assert merge(tmp_path / "b", models, dtype="float16").content_hash == report.content_hash
+
+
+def test_units_that_are_left_to_torch_do_not_change_its_number_of_threads(
+    save: Save, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"{i}.weight": torch.full((40, 50), math.nan) for i in range(40)}
+    models = [(save(f"m{i}", weights), 1.0) for i in range(2)]
+    run, delays = UnitRunner.__call__, itertools.cycle([0.03, 0.01, 0.02])
+
+    def slowly(self: UnitRunner, unit: workers.Unit) -> object:
+        time.sleep(next(delays))  # units overlap, and end in another order than they begin
+        return run(self, unit)
+
+    monkeypatch.setattr(UnitRunner, "__call__", slowly)
+    monkeypatch.setattr(workers, "visible_cores", lambda: 8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        merge(tmp_path / "out", models, jobs=1)
+        with ThreadPoolExecutor(1) as pool:  # a new thread takes the number of the process
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert counted[0] == 0
 
 
 @pytest.mark.parametrize(

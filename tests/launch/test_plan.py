@@ -180,6 +180,21 @@ def test_offloaded_inputs_of_layers_are_in_the_hosts_memory_and_longer_sequences
     assert offloaded["step_seconds"]["total"] == kept["step_seconds"]["total"]
 
 
+def test_products_in_float8_take_memory_for_their_factors_and_a_gpu_that_has_them(tmp_path: Path) -> None:
+    def planned(gpu: str, **settings: Any) -> float:
+        layout = {"tensor": 8, "micro_batch": 2, "precision": "bf16", "recompute": "full"} | settings
+        [_, group] = rows(make_plan(config_of(tmp_path, EIGHT_8B | {"layout": layout}, 1), Cluster(GPUS[gpu], 1, 8)))
+        return float(group["memory_bytes"]["activations"])
+
+    # The gradient of the up projection's inputs: [2 x 14336 / 8, 4096] and two sequences of the wider factor.
+    own = 2 * 14_336 / 8
+    assert planned("h100", float8=True) - planned("h100") == own * 4096 + 2 * 8192 * max(own, 4096)
+    tiled = planned("h100", float8=True, recompute="tiled") - planned("h100", recompute="tiled")
+    assert 0 < tiled < planned("h100", float8=True) - planned("h100")
+    with pytest.raises(LaunchError, match="Cannot train in float8 on a100"):
+        planned("a100", float8=True)
+
+
 def test_a_layout_that_does_not_fit_is_told_to_offload_what_it_keeps(tmp_path: Path) -> None:
     layout = {"micro_batch": 4, "data": 8, "zero": 2, "recompute": "full"}
     values = EIGHT_8B | {"layout": layout, "budget": EIGHT_8B["budget"] | {"sequence_length": 32768}}

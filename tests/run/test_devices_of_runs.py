@@ -86,3 +86,8 @@ def test_why_a_run_is_on_the_cpu_is_logged_once(
     with caplog.at_level("INFO", "btm_scale"):
         open_run(config_of(tmp_path), RunDir(tmp_path / "run"), trains_here=True)
     assert caplog.text.count("groups run on the CPU: CUDA_VISIBLE_DEVICES='' hides every GPU") == 1
+    assert "float8" not in caplog.text
+    with caplog.at_level("INFO", "btm_scale"):
+        config = config_of(tmp_path, precision="bf16", float8=True)
+        open_run(config, RunDir(tmp_path / "other"), trains_here=True)
+    assert "layout.float8 is emulated on a CPU" in caplog.text

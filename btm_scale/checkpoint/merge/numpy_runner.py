@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from threading import local
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class NumpyRunner:
         self.targets, self.chunk_bytes = [target], chunk_bytes
         self._target = target
         self._memory = local()
+        self._by_torch = Lock()  # the number of torch's threads is the process's
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """Return the unit and its block hashes."""
@@ -76,7 +77,7 @@ class NumpyRunner:
         for part in parts_of(unit, self.chunk_bytes // self._target.plan.specs[unit.name].itemsize):
             data = self._merged(part)
             if data is None:
-                with one_torch_thread():
+                with self._by_torch, one_torch_thread():
                     return UnitRunner(self._target, self.chunk_bytes)(unit)
             self._target.writer.write_bytes(unit.name, part.start, data)
             hashes.update(data)
