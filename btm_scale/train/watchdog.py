@@ -78,6 +78,7 @@ class HangWatch:
         self._since: float | None = None
         self._times = 1
         self._waits = False
+        self._ends = False
         self._left = threading.Event()
 
     def __enter__(self) -> Self:
@@ -95,6 +96,7 @@ class HangWatch:
         """Time the enclosed step."""
         self._since = time.monotonic()
         yield
+        self._stay_if_it_ends()
         self._seconds.append(time.monotonic() - self._since)
         self._since = None
 
@@ -103,6 +105,7 @@ class HangWatch:
         """Time work between steps, such as saving. It may take longer than a step and does not count as one."""
         self._times, self._since = _BETWEEN_STEPS_PATIENCE, time.monotonic()
         yield
+        self._stay_if_it_ends()
         self._times, self._since = 1, None
 
     def progress(self) -> None:
@@ -141,7 +144,13 @@ class HangWatch:
             if since is not None and time.monotonic() - since > self.limit:
                 self._end(time.monotonic() - since)
 
+    def _stay_if_it_ends(self) -> None:
+        """Take no further step in a group that ends, though a suspended rank has been resumed to dump its stacks."""
+        while self._ends:
+            time.sleep(_POLL_SECONDS)
+
     def _end(self, seconds: float) -> None:
+        self._ends = True
         logger.error(
             "no step for %.0f s, where one may take %.0f s: the group hangs; every rank's stack:", seconds, self.limit
         )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
 from btm_scale.run_dir import RunDir
+from helpers.held_training import HeldTraining
+from helpers.tiny_run import start_btm_scale
 
 
 def steps_taken(run: RunDir, model: str) -> int:
@@ -21,18 +22,20 @@ def steps_taken(run: RunDir, model: str) -> int:
 
 
 def kill_after(config: Path, run: RunDir, model: str, step: int) -> None:
-    """Start the run and kill all its processes once the model has taken the step."""
-    command = [sys.executable, "-m", "btm_scale.cli", "run", str(config), "--out", str(run.root)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while steps_taken(run, model) < step:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGKILL)
-    process.wait(60)
-    psutil.wait_procs(processes, timeout=60)
+    """Start the run and kill all its processes once the model has taken the step, which is not its last."""
+    with tempfile.TemporaryDirectory() as folder:
+        held = HeldTraining(Path(folder), {model: step + 1})
+        process = start_btm_scale(
+            "run", config, "--out", run.root, environment=held.environment, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 600
+        while steps_taken(run, model) < step:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGKILL)
+        process.wait(60)
+        psutil.wait_procs(processes, timeout=60)

@@ -92,18 +92,6 @@ class SlurmCluster:
         self._kill_tasks(node)
         slurmd.wait()
 
-    def freeze_tasks(self) -> None:
-        """Suspend all tasks on the nodes, so that their state does not change while a test checks it."""
-        for task in self._tasks(*self.nodes):
-            with contextlib.suppress(psutil.Error):
-                task.suspend()
-
-    def thaw_tasks(self) -> None:
-        """Resume suspended tasks."""
-        for task in self._tasks(*self.nodes):
-            with contextlib.suppress(psutil.Error):
-                task.resume()
-
     def _kill_tasks(self, *nodes: str) -> None:
         for task in self._tasks(*nodes):
             with contextlib.suppress(psutil.Error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,13 @@ def share_text(run: RunDir, prepared: RunDir) -> None:
         (run.root / name).symlink_to(prepared.root / name)
 
 
-def start_btm_scale(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start the command line as a user does, capturing stderr."""
+def start_btm_scale(
+    *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start the command line as a user does, capturing stderr; `environment` is added to this process's."""
     command = [sys.executable, "-m", "btm_scale.cli", *map(str, arguments)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(command, text=True, env=_as_no_rank(), **options)
+    return subprocess.Popen(command, text=True, env=_as_no_rank() | dict(environment or {}), **options)
 
 
 def btm_scale(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

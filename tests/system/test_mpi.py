@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers.cluster_run import EXPERTS, cluster_values
+from helpers.held_training import HeldTraining
 from helpers.in_process import answer
 from helpers.mpirun import AS_ROOT, mpirun
 from helpers.tiny_run import btm_scale, write_config
@@ -86,12 +87,14 @@ def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def seen(run: RunDir) -> Seen:
     """Train the three experts, with one group suspended by SIGSTOP until the others have finished."""
     observed = Seen()
-    process = _start(run)
-    _wait(process, run.metrics(STOPPED).is_file)
+    held = HeldTraining(run.root.parent, {STOPPED: 1})
+    process = _start(run, held.environment)
+    _wait(process, lambda: run.metrics(STOPPED).is_file() and run.metrics(STOPPED).read_text())
     stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
     _sample(run, observed)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
+    held.release(STOPPED)
     try:
         others = [model for model in EXPERTS if model != STOPPED]
         observed.stopped_at = len(run.metrics(STOPPED).read_text().splitlines())
@@ -108,7 +111,7 @@ def seen(run: RunDir) -> Seen:
     return observed
 
 
-def _start(run: RunDir) -> subprocess.Popen[str]:
+def _start(run: RunDir, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     command = [
         mpirun(),
         "-n",
@@ -125,7 +128,9 @@ def _start(run: RunDir) -> subprocess.Popen[str]:
     ]
     return subprocess.Popen(
         [str(word) for word in command],
-        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | AS_ROOT,
+        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        | AS_ROOT
+        | dict(environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

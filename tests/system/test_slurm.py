@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.cluster_run import cluster_values
+from helpers.held_training import HeldTraining
 from helpers.slurm_cluster import SlurmCluster
 from helpers.tiny_run import share_text, write_config
 
@@ -23,7 +24,7 @@ from btm_scale.train.progress import ACTIVE
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS, FIRST_CHECKPOINT = 40, 5
 EXPERTS = ("python", "docs")
 NASTY = 'a "run; rm -rf ~ #'  # the folder's name, which a shell or SLURM must not interpret
 
@@ -70,9 +71,18 @@ def disturbed(
     slurm = {"ranks_per_node": 1, "time": "30"}
     write_config(
         folder / "run.yaml",
-        cluster_values(real_text, steps=STEPS, experts=EXPERTS, name=NASTY, launch={"slurm": slurm}),
+        cluster_values(
+            real_text,
+            steps=STEPS,
+            experts=EXPERTS,
+            name=NASTY,
+            launch={"slurm": slurm},
+            checkpoint={"every": FIRST_CHECKPOINT},
+        ),
     )
     run = RunDir(folder / NASTY)
+    held = HeldTraining(folder, {"seed": FIRST_CHECKPOINT + 1, "python": FIRST_CHECKPOINT + 1})
+    cluster.environment |= held.environment
     user = Submitter(cluster, folder / "run.yaml", run)
     seen: dict[str, Any] = {"first": user.submit(), "again": user.submit()}
 
@@ -88,22 +98,20 @@ def disturbed(
 
     seed = seen["first"]["seed"]
     wait_for(lambda: any(run.checkpoints("seed").glob("step-*")))
-    cluster.freeze_tasks()
     cluster.run("scancel", "--signal=USR1", seed)
-    cluster.thaw_tasks()
     wait_for(lambda: (run.train("seed") / "stopped").is_file())
+    held.release("seed")
     seen["stopped"] = int((run.train("seed") / "stopped").read_text())
     wait_for(lambda: cluster.queue().get(seed) == "PENDING")
     start_soon(seed)
 
     victim = f"{seen['first']['experts']}_0"
     wait_for(lambda: any(run.checkpoints("python").glob("step-*")))
-    cluster.freeze_tasks()
     seen["status"] = user.status()
     node = cluster.run("squeue", "-h", "-j", victim, "-o", "%N").stdout.strip()
     cluster.kill_node(f"n{node.rstrip(']')[-1]}")
     seen["killed at"] = sorted(path.name for path in run.checkpoints("python").glob("step-*"))[-1]
-    cluster.thaw_tasks()
+    held.release("python")
     wait_for(lambda: cluster.queue().get(victim) == "PENDING")
     wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-o", "%T").stdout)
     start_soon(victim)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.cuts import full
+from helpers.held_training import HeldTraining
 from helpers.in_process import answer
 from helpers.tiny_run import share_text, start_btm_scale, tiny_values, write_config
 from helpers.warm import Warm
@@ -73,10 +74,6 @@ def training(run: RunDir) -> tuple[object, ...]:
     return "train", run.root.parent / "tiny.yaml", "--model", "seed", "--out", run.root
 
 
-def start(run: RunDir, *settings: str) -> subprocess.Popen[str]:
-    return start_btm_scale(*training(run), *settings)
-
-
 def processes_of(run: RunDir) -> list[psutil.Process]:
     return [
         process
@@ -115,16 +112,20 @@ def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.
         time.sleep(0.01)
 
 
-def start_and_wait_for_step(run: RunDir, step: int, *settings: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started_until_step(run: RunDir, step: int, *settings: str) -> Iterator[subprocess.Popen[str]]:
+    """Start the training and yield once it has taken the step. It takes at most four more before the block ends."""
     before = last_change(run)
-    process = start(run, *settings)
+    held = HeldTraining(run.root.parent, {"seed": step + EVERY})
+    process = start_btm_scale(*training(run), *settings, environment=held.environment)
 
     def is_there() -> bool:
         # Steps of an earlier start do not count.
         return last_change(run) != before and steps_taken(run) >= step and len(ranks_of(run)) == 2
 
     wait_for(is_there, 600, process)
-    return process
+    yield process
+    held.release("seed")
 
 
 def wait_for_the_end(run: RunDir, process: subprocess.Popen[str]) -> int:
@@ -158,9 +159,10 @@ def test_repeated_kills_and_damaged_checkpoints_do_not_change_the_weights(
     damages = [[cut_short, flip_a_byte], [delete_half]]  # by kill: of the newest checkpoint, the one before, ...
     for number in range(kills):
         # Soon after the previous kill, so that enough steps are left for the next one.
-        process = start_and_wait_for_step(run, 14 + (STEPS - 26) * number // kills + chance.randrange(EVERY))
-        time.sleep(chance.random() * 0.2)
-        ranks_of(run)[chance.randrange(RANKS)].kill()
+        step = 14 + (STEPS - 26) * number // kills + chance.randrange(EVERY)
+        with started_until_step(run, step) as process:
+            time.sleep(chance.random() * 0.2)
+            ranks_of(run)[chance.randrange(RANKS)].kill()
         wait_for(lambda: not ranks_of(run), 30)  # a group follows its dead rank
         assert wait_for_the_end(run, process) == 1
         states = sorted(run.checkpoints("seed").glob("step-*"), reverse=True)
@@ -178,8 +180,8 @@ def test_repeated_kills_and_damaged_checkpoints_do_not_change_the_weights(
 def test_a_suspended_rank_is_a_hang_and_sigterm_requests_a_restart(
     run: RunDir, uninterrupted: RunDir, warm: Warm
 ) -> None:
-    process = start_and_wait_for_step(run, 8, "--set", "health.hang=5", "--set", "health.patience=10")
-    ranks_of(run)[1].suspend()
+    with started_until_step(run, 8, "--set", "health.hang=5", "--set", "health.patience=10") as process:
+        ranks_of(run)[1].suspend()
     assert wait_for_the_end(run, process) == 1
     logs = [run.log("seed"), run.log("seed").with_name("log.1")]
     assert "the group hangs" in logs[0].read_text()
@@ -188,8 +190,8 @@ def test_a_suspended_rank_is_a_hang_and_sigterm_requests_a_restart(
         assert "most recent call first" in text, "every rank dumps its stacks"
         assert "in step" in text or "in train" in text
 
-    process = start_and_wait_for_step(run, 20)
-    ranks_of(run)[1].send_signal(signal.SIGTERM)
+    with started_until_step(run, 20) as process:
+        ranks_of(run)[1].send_signal(signal.SIGTERM)
     assert wait_for_the_end(run, process) == 1
     text = run.log("seed").read_text()
     assert f"return code = {REQUEUE}" in text

@@ -65,3 +65,24 @@ def test_a_wait_for_a_suspended_rank_is_a_hang(monkeypatch: pytest.MonkeyPatch) 
     finally:
         peer.kill()
         peer.communicate()
+
+
+SLOW_STEP = """
+import time
+from btm_scale.config.training import HealthConfig
+from btm_scale.train import watchdog
+watchdog._processes_of_this_host = lambda group: {}
+with watchdog.HangWatch(None, HealthConfig(patience=0.01)) as watch:
+    with watch.WORK():
+        time.sleep(1.0)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("work", ["step", "between_steps"])
+def test_a_group_that_is_said_to_hang_ends_though_it_could_go_on(work: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_STEP.replace("WORK", work)], capture_output=True, text=True, timeout=300
+    )
+    assert "most recent call first" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")

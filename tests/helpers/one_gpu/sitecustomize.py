@@ -7,12 +7,8 @@ no driver here.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,27 +39,9 @@ def _give_a_node(devices: ModuleType) -> None:
     devices._ROOT = _HERE / "root"
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Changes modules when they are imported: importing torch here would slow down each process by seconds."""
+sys.path.insert(0, str(_HERE.parents[1]))
+from helpers.changed_imports import change_when_imported  # noqa: E402
 
-    changes: dict[str, Callable[[ModuleType], None]] = {"torch": _give_a_gpu, "btm_scale.util.devices": _give_a_node}
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        change = self.changes.pop(name, None)  # once, as the search below asks this finder again
-        spec = importlib.util.find_spec(name) if change else None
-        if change is None or spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def executed(module: ModuleType) -> None:
-            execute(module)
-            change(module)
-
-        spec.loader.exec_module = executed  # type: ignore[method-assign]
-        return spec
-
-
-sys.meta_path.insert(0, _Finder())
+sys.path.remove(str(_HERE.parents[1]))
+change_when_imported({"torch": _give_a_gpu, "btm_scale.util.devices": _give_a_node})
 os.environ["PATH"] = f"{_HERE / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
