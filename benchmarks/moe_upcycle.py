@@ -11,19 +11,21 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from environment import describe
 from merge import FFN, HIDDEN, MODELS, VOCABULARY, _remove, llama_specs, make_model, measured
 
+from btm_scale.checkpoint.formats.kept_hashes import NAME as HASHES
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
-from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.hashing import content_hash, hash_and_keep
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.expert import CARD, Expert, Parent
+from btm_scale.forest.expert import CARD, Expert, Parent, read_expert
 from btm_scale.run_dir import MOE, SEED, RunDir
 
 _UPCYCLE = """
@@ -78,7 +80,23 @@ for rank in ranks: assert os.waitpid(rank, 0)[1] == 0
 NAMES = [f"domain-{i}" for i in range(MODELS)]
 _PIECE = 1 << 24  # elements
 _SCRATCH = 1 << 20  # bytes
-_TRAINS = {"averaged": "all", "shared": "mlp"}  # what the experts of a recipe trained
+_ASIDE = f"{HASHES}.aside"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the experts trained, and whether the hashes of their blocks were kept, as training and `forest add` do."""
+
+    trains: Literal["all", "mlp"]
+    has_hashes: bool
+
+
+_CASES = {
+    "averaged": _Case("all", True),
+    "shared": _Case("mlp", True),
+    "averaged_anew": _Case("all", False),
+    "shared_anew": _Case("mlp", False),
+}
 
 
 def measure_upcycling(
@@ -86,7 +104,7 @@ def measure_upcycling(
 ) -> dict[str, Any]:
     """Return the figures of experts that trained everything, whose rest is averaged, and their MLPs alone.
 
-    Times include that until the output is on the disk. Both write as many bytes, so each round takes both and the
+    Times include that until the output is on the disk. All write as many bytes, so each round takes all and the
     copies, and the ratios are those of medians. A virtual machine takes several times as long to write into memory
     that it did not have yet, so a file of the same size is written and removed before each. The first round, in which
     that size is not known, is left out.
@@ -97,10 +115,10 @@ def measure_upcycling(
     with tempfile.TemporaryDirectory(dir=work, prefix="upcycle-") as folder:
         run = _run(Path(folder), specs)
         copies = {"copy": _COPY, "hashed_copy": _HASHED_COPY}
-        timed: dict[str, list[dict[str, float]]] = {name: [] for name in (*copies, *_TRAINS)}
+        timed: dict[str, list[dict[str, float]]] = {name: [] for name in (*copies, *_CASES)}
         for _ in range(1 + rounds):
-            for recipe in _TRAINS:
-                timed[recipe].append(_upcycled(run, recipe))
+            for case in _CASES:
+                timed[case].append(_upcycled(run, case))
             for name, script in copies.items():
                 output = Path(folder) / "copy"
                 command = [sys.executable, "-c", script, str(run.model(MOE)), str(output)]
@@ -108,13 +126,13 @@ def measure_upcycling(
                 assert output.stat().st_size == _size(run.model(MOE))
                 _remove(output)  # from memory too, where the models are
         seconds = {name: statistics.median(one["synced_seconds"] for one in runs[1:]) for name, runs in timed.items()}
-        for recipe in _TRAINS:
-            result[recipe] = {
-                "seconds": seconds[recipe],
-                "ratio": seconds[recipe] / seconds["copy"],
-                "anonymous_bytes": max(one["anonymous_bytes"] for one in timed[recipe]),
-                **_same_bytes(run, recipe),
-                "runs": timed[recipe],
+        for case in _CASES:
+            result[case] = {
+                "seconds": seconds[case],
+                "ratio": seconds[case] / seconds["copy"],
+                "anonymous_bytes": max(one["anonymous_bytes"] for one in timed[case]),
+                **_same_bytes(run, case),
+                "runs": timed[case],
             }
     sizes = {"models": MODELS, "bytes_per_model": sum(spec.nbytes for spec in specs.values())}
     beside = {"copy_seconds": seconds["copy"], "hashed_copy_seconds": seconds["hashed_copy"]}
@@ -122,10 +140,14 @@ def measure_upcycling(
     return result | beside | sizes | {"shape": {"hidden": HIDDEN, "ffn": FFN}}
 
 
-def _upcycled(run: RunDir, recipe: str, *jobs: str) -> dict[str, float]:
-    """Make the mixture of experts that trained what the recipe says, anew, and return its time and memory."""
+def _upcycled(run: RunDir, case: str, *jobs: str) -> dict[str, float]:
+    """Make the mixture of the experts of a case anew, and return its time and memory."""
+    for name in (SEED, *NAMES):
+        there, gone = (HASHES, _ASIDE) if _CASES[case].has_hashes else (_ASIDE, HASHES)
+        if not (run.model(name) / there).exists():
+            (run.model(name) / gone).rename(run.model(name) / there)
     for name in NAMES:
-        _write_card(run, name, _TRAINS[recipe])
+        _write_card(run, name, _CASES[case].trains)
     output = run.model(MOE)
     return _timed([sys.executable, "-c", _UPCYCLE, str(run.root), *jobs], output, _size(output))
 
@@ -148,16 +170,14 @@ def _timed(command: list[str], output: Path, size: int) -> dict[str, float]:
     return figures
 
 
-def _same_bytes(run: RunDir, recipe: str) -> dict[str, Any]:
-    """Return how much the recipe writes, and whether one process writes the same."""
+def _same_bytes(run: RunDir, case: str) -> dict[str, Any]:
+    """Return how much a case writes, and whether one process writes the same, all of which its hash is of."""
     output = run.model(MOE)
-    _upcycled(run, recipe)
-    written = content_hash(output)
-    _upcycled(run, recipe, "1")
-    return {
-        "bytes_written": _size(output),
-        "same_bytes_with_one_process": content_hash(output) == written,
-    }
+    written = []
+    for jobs in ([], ["1"]):
+        _upcycled(run, case, *jobs)
+        written += [content_hash(output), read_expert(output).content_hash]
+    return {"bytes_written": _size(output), "same_bytes_with_one_process": len(set(written)) == 1}
 
 
 def _run(folder: Path, specs: Mapping[str, TensorSpec]) -> RunDir:
@@ -178,11 +198,13 @@ def _run(folder: Path, specs: Mapping[str, TensorSpec]) -> RunDir:
                             piece = seed.read_range(tensor, start, stop)
                         writer.write_range(tensor, start, piece)
             shutil.copy(run.model(SEED) / "config.json", run.model(name))
+    for name in (SEED, *NAMES):
+        hash_and_keep(run.model(name))
     RunConfig.model_validate({"domains": {name: {"text": f"{name}.jsonl"} for name in NAMES}}).save(run.config)
     return run
 
 
-def _write_card(run: RunDir, name: str, trains: str = "all") -> None:
+def _write_card(run: RunDir, name: str, trains: Literal["all", "mlp"] = "all") -> None:
     is_seed = name == SEED
     Expert(
         name=name,
@@ -193,5 +215,5 @@ def _write_card(run: RunDir, name: str, trains: str = "all") -> None:
         layout={},
         data_fingerprint={},
         content_hash=f"{name} {trains}",
-        trains=trains,  # type: ignore[arg-type]
+        trains=trains,
     ).save(run.model(name) / CARD)

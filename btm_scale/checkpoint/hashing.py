@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.kept_hashes import NAME, KeptHashes
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, as_bytes
 from btm_scale.util.imports import torch
@@ -21,11 +22,21 @@ def content_hash(directory: Path) -> str:
         return reader_hash(model)
 
 
+def hash_and_keep(directory: Path) -> str:
+    """Return the content hash of a Hugging Face model, and keep the hashes of its blocks beside the weights."""
+    with SafetensorsModel(directory) as model:
+        blocks = _blocks(model)
+        KeptHashes.of(model.files, blocks).write(directory / NAME)
+        return combined_hash(model.specs(), blocks)
+
+
 def reader_hash(model: ModelReader) -> str:
     """Return the content hash of an open model; every byte is read once."""
-    specs = model.specs()
-    blocks = {name: [block_hash([block]) for block in model.chunks(name, BLOCK_BYTES)] for name in specs}
-    return combined_hash(specs, blocks)
+    return combined_hash(model.specs(), _blocks(model))
+
+
+def _blocks(model: ModelReader) -> dict[str, list[str]]:
+    return {name: [block_hash([block]) for block in model.chunks(name, BLOCK_BYTES)] for name in model.names}
 
 
 def block_hash(pieces: Iterable[torch.Tensor | memoryview]) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from btm_scale.checkpoint.completeness import require_complete
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.based import base_of, is_adapter
+from btm_scale.checkpoint.formats.kept_hashes import NAME as HASHES
 from btm_scale.checkpoint.formats.locate import require_no_run, require_path
 from btm_scale.checkpoint.formats.quantized import dequantized, quantization_sections
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.hashing import content_hash, hash_and_keep
 from btm_scale.checkpoint.targets import require_untied
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer, same_ids
@@ -128,7 +129,7 @@ def _copied(run: RunDir, source: Path, name: str, score: Callable[[str], None] |
     try:
         with new_directory(run.model(name), shared=True) as directory:
             for file in files:
-                if file.name != CARD:
+                if file.name not in (CARD, HASHES):
                     copy_inside(source, file.name, directory)
             card = _card(source, directory, name)
             card.write(directory / CARD)
@@ -275,7 +276,7 @@ def _sizes(source: Path) -> tuple[ModelShape | None, int, int | None]:
 
 
 def _card(source: Path, copy: Path, name: str) -> Expert:
-    digest = content_hash(copy)
+    digest = hash_and_keep(copy)
     if is_finished(source):
         # Its parents are models of another run, so their names are dropped.
         own = {"name": name, "parents": (), "parent_hashes": {}, "content_hash": digest}

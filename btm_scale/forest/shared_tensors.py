@@ -76,7 +76,7 @@ def _dtype(directory: Path) -> str:
 def _first_differences(run: RunDir, reference: str, experts: Sequence[str]) -> dict[str, str]:
     """Return the first tensor beside the MLPs in which each expert differs from the reference, of those that differ.
 
-    The reference is read once for all, and rounded to their dtype.
+    The reference is read once for all, and rounded to their dtype. Tensors whose hashes were kept are not read.
     """
     found: dict[str, str] = {}
     with ExitStack() as stack:
@@ -95,17 +95,27 @@ def _first_differences(run: RunDir, reference: str, experts: Sequence[str]) -> d
 
 def _differing(reference: ModelReader, experts: Mapping[str, ModelReader], part: Unit) -> list[str]:
     """Return the experts that differ from the reference in a part of a tensor, in their order."""
-    found: set[str] = set()
-    specs = {expert: model.spec(part.name) for expert, model in experts.items()}
-    memory = memoryview(bytearray(_CHUNK_ELEMENTS * max((spec.itemsize for spec in specs.values()), default=1)))
+    same = {name: _have_same_hashes(reference, expert, part.name) for name, expert in experts.items()}
+    found = {name for name in experts if same[name] is False}
+    specs = {name: expert.spec(part.name) for name, expert in experts.items() if same[name] is None}
+    if not specs:
+        return [name for name in experts if name in found]
+    memory = memoryview(bytearray(_CHUNK_ELEMENTS * max(spec.itemsize for spec in specs.values())))
     for chunk in parts_of(part, _CHUNK_ELEMENTS):
         theirs = {spec.code: _bytes(reference, chunk, spec.code) for spec in specs.values()}
-        for name, expert in experts.items():
-            ours = memory[: (chunk.stop - chunk.start) * specs[name].itemsize]
-            expert.read_bytes_into(part.name, chunk.start, ours)
-            if not same_bits(ours, theirs[specs[name].code]):
+        for name, spec in specs.items():
+            ours = memory[: (chunk.stop - chunk.start) * spec.itemsize]
+            experts[name].read_bytes_into(part.name, chunk.start, ours)
+            if not same_bits(ours, theirs[spec.code]):
                 found.add(name)
     return [name for name in experts if name in found]
+
+
+def _have_same_hashes(reference: ModelReader, expert: ModelReader, tensor: str) -> bool | None:
+    """Return whether a tensor has the same bytes in both models; None if they must be read to know."""
+    theirs, ours = reference.kept_hashes(tensor), expert.kept_hashes(tensor)
+    is_known = theirs is not None and ours is not None and reference.spec(tensor) == expert.spec(tensor)
+    return theirs == ours if is_known else None
 
 
 def _bytes(model: ModelReader, part: Unit, code: str) -> memoryview:

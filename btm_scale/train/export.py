@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
-from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.hashing import hash_and_keep
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.branch import Branch
@@ -106,7 +106,7 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, dire
         steps=steps,
         layout=job.layout.model_dump(),
         data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in branch.domains},
-        content_hash=content_hash(directory),
+        content_hash=hash_and_keep(directory),
         trains=job.trains,
         parent_hashes=branch.parent_hashes,
     )

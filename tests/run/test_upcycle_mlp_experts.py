@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.upcycling import WEIGHTS, Run, change, files_of, unscored
 from safetensors.torch import load_file
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.hashing import hash_and_keep
 from btm_scale.errors import ForestError
+from btm_scale.forest import shared_tensors
 from btm_scale.forest.expert import CARD, read_expert
 from btm_scale.run.mixture_recipe import Recipe
 from btm_scale.run.upcycle import upcycle
@@ -60,6 +64,35 @@ def with_other_norm(run: RunDir, name: str, more: float = 1) -> None:
     """Change a tensor of a model that is not of an MLP."""
     weights = load_file(run.model(name) / WEIGHTS)
     change(run.model(name), weights | {"model.norm.weight": weights["model.norm.weight"] + more})
+
+
+@pytest.mark.parametrize("others", ["have kept hashes", "are read"])
+def test_experts_with_kept_hashes_are_compared_by_them(run: Run, others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_mlp_experts(run[1], recorded=True)
+    names = ("seed", "cpp", "docs") if others == "are read" else ("seed", *EXPERTS)
+    for name in names:
+        hash_and_keep(run[1].model(name))
+    read: set[str] = set()
+    read_into = SafetensorsModel.read_bytes_into
+
+    def recorded(model: SafetensorsModel, *arguments: Any) -> None:
+        read.add(model.path.name)
+        read_into(model, *arguments)
+
+    monkeypatch.setattr(SafetensorsModel, "read_bytes_into", recorded)
+
+    def compare() -> bool:
+        return shared_tensors.share_the_rest(run[1], {name: read_expert(run[1].model(name)) for name in EXPERTS})
+
+    assert compare()
+    assert read == ({"seed", "licences", "python"} if others == "are read" else set())
+
+    with_other_norm(run[1], "docs")
+    hash_and_keep(run[1].model("docs"))
+    read.clear()
+    with pytest.raises(ForestError, match=r"'docs' was trained with train: mlp, but 'model\.norm\.weight' differs"):
+        compare()
+    assert "docs" not in read
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -23,7 +23,8 @@ from helpers.in_process import answer, refusal
 from helpers.tiny_run import btm_scale, start_btm_scale, tiny_values, write_config
 from helpers.warm import Warm
 
-from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.hashing import combined_hash, content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.expert import read_expert
@@ -109,6 +110,14 @@ def test_every_file_of_a_run_is_readable_as_the_umask_allows(finished_run: Run) 
     files = [path for path in run.root.rglob("*") if not path.name.startswith(".tokenizer-passed-")]
     closed = [path for path in files if ~path.stat().st_mode & 0o444 & ~mask]
     assert not closed, "several users may work on one run"
+
+
+def test_every_trained_model_keeps_the_hashes_of_its_blocks(finished_run: Run) -> None:
+    _, run = finished_run
+    for name in ("seed", "dense", "python", "licences"):
+        with SafetensorsModel(run.model(name)) as model:
+            hashes = {tensor: model.kept_hashes(tensor) or [] for tensor in model.names}
+            assert combined_hash(model.specs(), hashes) == read_expert(run.model(name)).content_hash
 
 
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from btm_scale.checkpoint.formats.kept_hashes import kept_hashes
 from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import (
@@ -133,6 +135,7 @@ class SafetensorsModel(ModelReader):
         else:
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}. Give the path of a model directory.")
         self._names = tuple(sorted(self._tensors))
+        self._kept: Mapping[str, Sequence[str]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,6 +150,12 @@ class SafetensorsModel(ModelReader):
     def spec(self, name: str) -> TensorSpec:
         """Return a tensor's dtype and shape."""
         return self._place(name).spec
+
+    def kept_hashes(self, name: str) -> Sequence[str] | None:
+        """Return the hashes of a tensor's blocks, if they are known of its bytes on disk."""
+        if self._kept is None:
+            self._kept = kept_hashes(self.path, self.files) if self.path.is_dir() else {}
+        return self._kept.get(name)
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with row-major elements from `start`."""

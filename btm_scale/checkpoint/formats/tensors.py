@@ -193,6 +193,10 @@ class ModelReader(ABC):
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` (1-D, contiguous, of the tensor's dtype) with row-major elements from `start`."""
 
+    def kept_hashes(self, name: str) -> Sequence[str] | None:
+        """Return the hashes of a tensor's blocks, if they are known of its bytes on disk."""
+        return None
+
     def exact_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which `read_into` does not round: the tensor's own, unless it is dequantized."""
         return self.spec(name).dtype

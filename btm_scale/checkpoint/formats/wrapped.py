@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
@@ -35,6 +35,10 @@ class RenamedModel(ModelReader):
     def spec(self, name: str) -> TensorSpec:
         """Return a tensor's dtype and shape."""
         return self._model.spec(self._own_name(name))
+
+    def kept_hashes(self, name: str) -> Sequence[str] | None:
+        """Return the hashes of a tensor's blocks, if they are known of its bytes on disk."""
+        return self._model.kept_hashes(self._own_name(name))
 
     def exact_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that holds a tensor without rounding."""

@@ -16,7 +16,7 @@ from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece
-from btm_scale.checkpoint.merge.runner import Target, UnitRunner, parts_of
+from btm_scale.checkpoint.merge.runner import Target, UnitRunner, kept_hash, parts_of
 from btm_scale.util.one_thread import one_torch_thread
 
 MOST_BYTES = 32 << 20  # of all inputs; larger merges are faster with torch, its import included
@@ -73,15 +73,16 @@ class NumpyRunner:
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """Return the unit and its block hashes."""
-        hashes = BlockHashes()
+        hashes, kept = BlockHashes(), kept_hash(self._target, unit)
         for part in parts_of(unit, self.chunk_bytes // self._target.plan.specs[unit.name].itemsize):
             data = self._merged(part)
             if data is None:
                 with self._by_torch, one_torch_thread():
                     return UnitRunner(self._target, self.chunk_bytes)(unit)
             self._target.writer.write_bytes(unit.name, part.start, data)
-            hashes.update(data)
-        return unit, [hashes.finished()]
+            if kept is None:
+                hashes.update(data)
+        return unit, [hashes.finished() if kept is None else [kept]]
 
     def _merged(self, part: Unit) -> memoryview | None:
         """Return the bytes of a part of the output; None if torch must compute it."""

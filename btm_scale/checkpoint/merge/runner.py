@@ -11,7 +11,7 @@ from threading import local
 from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
-from btm_scale.checkpoint.hashing import BlockHashes
+from btm_scale.checkpoint.hashing import BLOCK_BYTES, BlockHashes
 from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
@@ -67,6 +67,20 @@ class Buffers:
         return self.array(purpose, stored.numel(), torch.float64).copy_(stored)
 
 
+def kept_hash(target: Target, unit: Unit) -> str | None:
+    """Return the hash of a unit that is a copy of one block of an input, if that input has kept the hash."""
+    plan, spec = target.plan, target.plan.specs[unit.name]
+    how = plan.how(unit.name)
+    if not how.models or not plan.copies(unit.name):
+        return None
+    model, name = target.everyone[how.models[0]], how.names[0]
+    hashes = model.kept_hashes(name)
+    elements = BLOCK_BYTES // spec.itemsize
+    number, rest = divmod(unit.start, elements)
+    is_block = not rest and unit.stop == min(unit.start + elements, spec.elements) and model.spec(name) == spec
+    return hashes[number] if hashes is not None and is_block and number < len(hashes) else None
+
+
 def parts_of(unit: Unit, step: int) -> list[Unit]:
     """Split a unit into parts of `step` elements."""
     step = max(step, 1)
@@ -82,7 +96,7 @@ class UnitRunner:
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """Return the unit and, per target, its block hashes."""
-        target, hashes = self._target, BlockHashes()
+        target, hashes, kept = self._target, BlockHashes(), kept_hash(self._target, unit)
         position, dtype = unit.start, target.plan.specs[unit.name].dtype
         for merged in self._merged(unit):
             rounded = merged.reshape(-1).contiguous()
@@ -90,9 +104,10 @@ class UnitRunner:
                 rounded = self._buffers.array("output", merged.numel(), dtype).copy_(rounded)
             target.count(unit, merged, rounded)
             target.writer.write_range(unit.name, position, rounded)
-            hashes.update(rounded)
+            if kept is None:
+                hashes.update(rounded)
             position += rounded.numel()
-        return unit, [hashes.finished()]
+        return unit, [hashes.finished() if kept is None else [kept]]
 
     def _merged(self, unit: Unit) -> Iterator[torch.Tensor]:
         """Yield the unit's merged pieces in order, each valid until the next is taken."""
