@@ -23,7 +23,12 @@ _METHODS = {
     "average:uniform": "`average:uniform`",
     "average:posterior": "`average:posterior`",
 }
-_UPCYCLED = {"averaged": "complete experts, the rest averaged", "shared": "experts of MLPs alone, the rest copied"}
+_UPCYCLED = {
+    "averaged": "complete experts, the rest averaged",
+    "shared": "experts of MLPs alone, the rest copied",
+    "averaged_anew": "complete experts, without kept hashes",
+    "shared_anew": "experts of MLPs alone, without kept hashes",
+}
 
 Units = Mapping[str, Mapping[str, Any]]
 ByDomain = Mapping[str, float]

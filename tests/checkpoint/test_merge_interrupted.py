@@ -20,7 +20,7 @@ from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import journal, runner, workers
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.checkpoint.merge.shares import shares
+from btm_scale.checkpoint.merge.shares import Shares
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.util.files import partial_path
 from btm_scale.util.pools import lost_workers_told
@@ -85,7 +85,7 @@ def test_a_killed_worker_leaves_the_recorded_units(
     pairs = [(model, 1.0) for model in models]
 
     def loses_a_worker(outputs: Sequence[workers.Output], jobs: int | None, *, chunk_bytes: int) -> None:
-        given = shares(outputs[0][0], workers.remaining(outputs), 2, torch_starts=False)
+        given = Shares(outputs[0][0]).of(workers.remaining(outputs), 2)
         workers.merge_share(outputs, 0, 2, chunk_bytes=chunk_bytes, given=given)
         with lost_workers_told():
             raise BrokenProcessPool

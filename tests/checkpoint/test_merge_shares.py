@@ -15,10 +15,10 @@ from helpers.small_models import HUGGINGFACE_SIZES
 from btm_scale.checkpoint.formats.tensors import as_bytes, dtype_of
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
-from btm_scale.checkpoint.merge.numpy_runner import _is_finite, is_copied_or_drawn
+from btm_scale.checkpoint.merge.numpy_runner import _is_finite
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.planning import make_plan
-from btm_scale.checkpoint.merge.shares import _cost, mostly_copies, shares
+from btm_scale.checkpoint.merge.shares import Shares
 
 NAMES = ("a", "b", "c")
 SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"model_type": "llama", "max_position_embeddings": 32}
@@ -75,6 +75,11 @@ def plan_of(folder: Path, *, shared: bool) -> MergePlan:
     )
 
 
+def added(plan: MergePlan) -> set[str]:
+    """Return the tensors that are neither copied nor drawn."""
+    return {name for name in plan.specs if plan.how(name).models and not plan.copies(name)}
+
+
 @pytest.mark.parametrize("torch_starts", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
 @pytest.mark.parametrize("shared", [False, True])
@@ -82,36 +87,44 @@ def test_every_unit_is_in_one_share_and_no_share_is_much_larger_than_another(
     folder: Path, shared: bool, size: int, torch_starts: bool
 ) -> None:
     plan = plan_of(folder, shared=shared)
-    given = shares(plan, plan.units, size, torch_starts=torch_starts)
+    assert bool(added(plan)) != shared
+    shares = Shares(plan, added(plan) if torch_starts else set(), set(plan.units[::2]))
+    given = shares.of(plan.units, size)
     assert sorted((unit for own in given for unit in own), key=plan.units.index) == plan.units
     assert all(own == sorted(own, key=plan.units.index) for own in given)
     if not torch_starts:
-        load = [sum(_cost(plan, unit) for unit in own) for own in given]
-        assert max(load) - min(load) <= max(_cost(plan, unit) for unit in plan.units)
+        load = [sum(map(shares.cost, own)) for own in given]
+        assert max(load) - min(load) <= max(map(shares.cost, plan.units))
 
 
-@pytest.mark.parametrize(("start", "expected"), [(0.0, [1, 2, 3, 8]), (0.05, [1, 1, 2, 4]), (2.0, [1, 1, 2, 2])])
+@pytest.mark.parametrize(("start", "expected"), [(0.0, [1, 1, 2, 4]), (0.3, [1, 1, 2, 5]), (2.0, [1, 1, 2, 2])])
 def test_only_as_many_processes_import_torch_as_are_needed(
     start: float, expected: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(folder, shared=False)
-    assert mostly_copies(plan)
-    total = sum(_cost(plan, unit) for unit in plan.units)
+    shares = Shares(plan, added(plan))
+    total = sum(map(shares.cost, plan.units))
     monkeypatch.setattr("btm_scale.checkpoint.merge.shares._START_BYTES", int(start * total))
     found = []
     for size in (1, 2, 3, 8):
-        given = shares(plan, plan.units, size, torch_starts=True)
-        found.append(sum(any(not is_copied_or_drawn(plan, unit.name) for unit in own) for own in given))
+        given = shares.of(plan.units, size)
+        found.append(sum(any(unit.name in added(plan) for unit in own) for own in given))
     assert found == expected
 
 
 def test_what_an_interrupted_merge_left_is_shared_out_anew(folder: Path) -> None:
     plan = plan_of(folder, shared=False)
-    sums = [unit for unit in plan.units if not is_copied_or_drawn(plan, unit.name)]
-    given = shares(plan, sums, 2, torch_starts=False)
+    sums = [unit for unit in plan.units if unit.name in added(plan)]
+    given = Shares(plan).of(sums, 2)
     assert sorted((unit for own in given for unit in own), key=plan.units.index) == sums
     assert all(given)
-    assert shares(plan, [], 3, torch_starts=True) == [[], [], []]
+    assert Shares(plan, added(plan)).of([], 3) == [[], [], []]
+
+
+def test_a_unit_whose_hash_is_known_takes_a_third_of_the_time_to_copy(folder: Path) -> None:
+    plan = plan_of(folder, shared=False)
+    copied = next(unit for unit in plan.units if plan.copies(unit.name))
+    assert Shares(plan).cost(copied) == 3 * Shares(plan, hashed={copied}).cost(copied)
 
 
 @pytest.mark.parametrize("rest", ["shared", "averaged"])

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from helpers.cuts import cut
 from helpers.small_models import Save, random_weights
 from safetensors.torch import load_file
 
-from btm_scale.checkpoint.merge import workers
+from btm_scale.checkpoint.merge import numpy_runner, workers
 from btm_scale.checkpoint.merge.arrays import add_weighted
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, narrowed, widened
+from btm_scale.checkpoint.merge.numpy_runner import Arrays, NumpyRunner, narrowed
 from btm_scale.checkpoint.merge.registry import METHODS
 from btm_scale.checkpoint.merge.runner import UnitRunner
 
@@ -135,28 +136,51 @@ def test_units_that_are_left_to_torch_do_not_change_its_number_of_threads(
     assert counted[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("models", "method", "copies"),
-    [("float64", "linear", 0), ("float32", "slerp", 0), ("pickled", "linear", 0), ("large", "linear", 1)],
-)
+@pytest.mark.parametrize(("models", "method"), [("float64", "linear"), ("float32", "slerp"), ("pickled", "linear")])
 def test_other_merges_are_left_to_torch(
     models: str,
     method: str,
-    copies: int,
     save: Save,
     tmp_path: Path,
     counted: list[int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dtype = torch.float64 if models == "float64" else torch.float32
     folders = [save(f"m{i}", random_weights(i, dtype)) for i in range(2)]
     if models == "pickled":
         torch.save(load_file(folders[0] / "model.safetensors"), folders[0] / "pytorch_model.bin")
         (folders[0] / "model.safetensors").unlink()
-    if models == "large":
-        monkeypatch.setattr("btm_scale.checkpoint.merge.numpy_runner.MOST_BYTES", 1 << 10)
     merge(tmp_path / "out", [(folder, 1.0) for folder in folders], method=method)
-    assert counted[0] == copies  # of the boolean mask
+    assert counted[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "normalize", "most", "by_numpy"),
+    [
+        ((1.0, 1.0), 1, 6 << 30, 6),
+        ((1.0, 1.0), 0, 6 << 30, 6),
+        ((1.0, 1.0), 1, 1 << 10, 1),  # a copy of the boolean mask
+        ((0.5, 1.0), 1, 6 << 30, 1),
+    ],
+)
+def test_a_large_merge_adds_without_torch_if_it_only_adds_and_not_too_much(
+    weights: Sequence[float],
+    normalize: float,
+    most: int,
+    by_numpy: int,
+    save: Save,
+    tmp_path: Path,
+    counted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(numpy_runner, "MOST_BYTES", 1 << 10)
+    monkeypatch.setattr(numpy_runner, "MOST_SUMMED", most)
+    folders = [save(f"m{i}", awkward(i, torch.bfloat16, 1e30)) for i in range(2)]
+    inputs = [*zip(folders, weights, strict=True)]
+    found = merge(tmp_path / "out", inputs, parameters={"normalize": normalize}).content_hash
+    assert counted[0] == by_numpy
+    monkeypatch.setattr(workers, "torch_is_loaded", lambda: True)
+    assert merge(tmp_path / "by torch", inputs, parameters={"normalize": normalize}).content_hash == found
+    assert counted[0] == by_numpy
 
 
 def test_the_product_that_is_added_is_rounded_once() -> None:
@@ -184,7 +208,7 @@ def test_numbers_of_16_bits_are_widened_and_sums_are_rounded_as_torch_does() -> 
     for code in ("BF16", "F16"):
         own = torch.from_numpy(bits.copy()).view(DTYPES[code]).double()
         with np.errstate(invalid="ignore"):
-            assert np.array_equal(widened(bits.data.cast("B"), code), own.numpy(), equal_nan=True)
+            assert np.array_equal(Arrays().widened("input", bits.data.cast("B"), code), own.numpy(), equal_nan=True)
     values = torch.randn(1 << 16, generator=draw, dtype=torch.float64)
     values *= 2.0 ** torch.randint(-40, 12, (1 << 16,), generator=draw)
     halves = values.bfloat16().double() * (1 + 2**-8)  # ties

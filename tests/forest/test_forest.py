@@ -12,6 +12,8 @@ from helpers.complete_models import complete_weights, quantize, write_model
 from helpers.tiny_run import save_card
 from safetensors.torch import load_file, save_file
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.hashing import combined_hash, hash_and_keep
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, UserError
 from btm_scale.forest.expert import Parent, read_expert
@@ -64,6 +66,19 @@ def test_an_added_model_is_an_expert_with_its_own_card(run: RunDir, config: RunC
     # Its parents were another run's.
     assert (card.name, card.domains, card.parents, card.tokens) == ("friend", {"law": 1.0}, (), 5)
     assert len(card.content_hash) == 64
+
+
+@pytest.mark.parametrize("source_has_hashes", [False, True])
+def test_an_added_model_keeps_the_hashes_of_its_own_files(
+    source_has_hashes: bool, run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    source = model(tmp_path / "friend")
+    if source_has_hashes:
+        hash_and_keep(source)
+    card = add_expert(config, run, source, "friend")
+    with SafetensorsModel(run.model("friend")) as added:
+        hashes = {name: added.kept_hashes(name) or [] for name in added.names}
+        assert combined_hash(added.specs(), hashes) == card.content_hash
 
 
 def test_an_adapter_is_added_as_a_complete_model(run: RunDir, config: RunConfig, tmp_path: Path) -> None:

@@ -64,12 +64,14 @@ def test_recipes_are_relative_to_dense_and_mlp_experts_have_the_gain_that_the_mi
     assert rows["**MLPs alone: gain over the seed LM that `moe` keeps, router `fitted`**"] == ["0.50"]
 
 
-def test_upcycling_has_a_row_for_each_recipe(table):
+def test_upcycling_has_a_row_for_each_recipe(table, load):
     one = {"bytes_written": 4.9e9, "anonymous_bytes": 2**28, "seconds": 9.0, "ratio": 1.2}
-    upcycle = {"averaged": one, "shared": one, "bytes_per_model": 1.07e9, "environment": ENVIRONMENT}
+    upcycle = dict.fromkeys(load("doc_moe")._UPCYCLED, one)
+    upcycle |= {"bytes_per_model": 1.07e9, "environment": ENVIRONMENT}
     upcycle |= {"copy_seconds": 7.5, "hashed_copy_seconds": 6.0}
     rows = table("moe_upcycling", {"upcycle": upcycle})
-    assert rows["complete experts, the rest averaged"] == ["4.90 GB", "9.0 s", "1.20", "0.25 GiB"]
+    for label in load("doc_moe")._UPCYCLED.values():
+        assert rows[label] == ["4.90 GB", "9.0 s", "1.20", "0.25 GiB"]
     assert rows[f"a copy that is hashed, by {ENVIRONMENT['hardware']['cores']} processes"] == [
         "4.90 GB",
         "6.0 s",

@@ -13,7 +13,10 @@ def linear(piece: Piece, *, normalize: float = 1.0) -> torch.Tensor:
     """Weighted mean `sum_i w_i x_i / sum_i w_i`, divided last; the sum itself if `normalize` is 0."""
     total = piece.zeros
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
-        add_weighted(total, weight, tensor)
+        if weight == 1:  # an exact product, without a fused multiply-add, which NumPy would have to emulate
+            total += tensor
+        else:
+            add_weighted(total, weight, tensor)
     if normalize and sum(piece.weights) != 1:
         total /= sum(piece.weights)
     return total

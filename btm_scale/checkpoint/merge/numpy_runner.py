@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from threading import Lock, local
 from typing import Any
 
 import numpy as np
 
 from btm_scale.checkpoint.formats.rounded import EXPONENTS
-from btm_scale.checkpoint.formats.tensors import FP8, ModelReader
+from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
 from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
@@ -20,24 +19,32 @@ from btm_scale.checkpoint.merge.runner import Target, UnitRunner, kept_hash, par
 from btm_scale.util.one_thread import one_torch_thread
 
 MOST_BYTES = 32 << 20  # of all inputs; larger merges are faster with torch, its import included
+MOST_SUMMED = 6 << 30  # bytes read for plain sums, for which NumPy is slower than torch by less than the import
 _NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not underflow
 _FLOATS = ("F64", *_NARROW)
+_SUMS = ("linear", "moe")  # with weights of 1, these only add
 
 
-def without_torch(target: Target) -> frozenset[str]:
-    """Return the tensors that are merged without torch: all of a small merge, or those that are copied or drawn.
+def with_torch(target: Target) -> frozenset[str]:
+    """Return the tensors that are merged with torch, because NumPy cannot merge them or would take longer.
 
-    Empty for a small merge in which another tensor needs torch, since the process imports it anyway.
+    If a small merge needs torch, all of it is merged with torch. A large one copies without torch; what it adds is
+    left to torch, unless it only adds, and too little for the time of torch's import.
     """
-    names = [name for name in target.plan.specs if _has_numpy_method(target, name)]
-    if target.plan.bytes_read <= MOST_BYTES:
-        return frozenset(names if len(names) == len(target.plan.specs) else [])
-    return frozenset(name for name in names if is_copied_or_drawn(target.plan, name))
+    plan = target.plan
+    needed = frozenset(name for name in plan.specs if not _has_numpy_method(target, name))
+    if plan.bytes_read <= MOST_BYTES:
+        return frozenset(plan.specs if needed else [])
+    summed = [name for name in plan.specs if name not in needed and plan.how(name).models and not plan.copies(name)]
+    read = sum(plan.specs[name].nbytes * len(plan.how(name).models) for name in summed)
+    if needed or read > MOST_SUMMED or not all(_is_plain_sum(plan, name) for name in summed):
+        return needed | frozenset(summed)
+    return needed
 
 
-def is_copied_or_drawn(plan: MergePlan, name: str) -> bool:
-    """Whether a tensor needs no sums. Float8, whose numbers torch counts, is left out."""
-    return plan.specs[name].code not in FP8 and (plan.copies(name) or not plan.how(name).models)
+def _is_plain_sum(plan: MergePlan, name: str) -> bool:
+    how = plan.how(name)
+    return how.method_name in _SUMS and set(how.weights) == {1.0}
 
 
 def torch_is_loaded() -> bool:
@@ -60,7 +67,7 @@ def _has_numpy_method(target: Target, name: str) -> bool:
 
 
 class NumpyRunner:
-    """Merges, writes and hashes one unit of a tensor in `without_torch`; thread-safe.
+    """Merges, writes and hashes one unit of a tensor that is not in `with_torch`; thread-safe.
 
     Units with NaN or infinities are left to torch, which counts them.
     """
@@ -68,7 +75,7 @@ class NumpyRunner:
     def __init__(self, target: Target, chunk_bytes: int) -> None:
         self.targets, self.chunk_bytes = [target], chunk_bytes
         self._target = target
-        self._memory = local()
+        self._arrays = Arrays()
         self._by_torch = Lock()  # the number of torch's threads is the process's
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
@@ -94,26 +101,71 @@ class NumpyRunner:
             elif plan.copies(part.name):
                 model, name = models[how.models[0]], how.names[0]
                 code = model.spec(name).code
-                data = self._bytes((part.stop - part.start) * model.spec(name).itemsize)
-                model.read_bytes_into(name, part.start, data)
+                data = self._read(model, name, part)
                 if code == spec.code:
                     return data if not spec.is_floating_point or _is_finite(data, code) else None
-                exact = widened(data, code)
+                exact = self._arrays.widened("input", data, code)
             else:
                 try:
-                    exact = how.method.function(_piece(plan, models, part), **how.parameters)
+                    exact = how.method.function(self._piece(part), **how.parameters)
                 except OverflowError:
                     return None
             rounded = narrowed(exact, spec.code)
-        # Infinities that rounding makes are counted too.
-        return rounded.data.cast("B") if np.isfinite(widened(rounded.data, spec.code)).all() else None
+        data = rounded.data.cast("B")
+        return data if _is_finite(data, spec.code) else None  # infinities that rounding makes are counted too
 
-    def _bytes(self, size: int) -> memoryview:
-        """Return a buffer that this thread reuses: to allocate it takes longer than to copy into it."""
-        data: memoryview | None = getattr(self._memory, "data", None)
-        if data is None or len(data) < size:
-            self._memory.data = data = memoryview(bytearray(size))
-        return data[:size]
+    def _piece(self, part: Unit) -> Piece:
+        """Return a part of every model as a piece of arrays, which elementwise methods accept as well as tensors."""
+        plan, models, elements = self._target.plan, self._target.everyone, part.stop - part.start
+        how = plan.how(part.name)
+
+        def read(model: int, name: str, purpose: str) -> Any:
+            data = self._read(models[model], name, part)
+            return self._arrays.widened(purpose, data, models[model].spec(name).code)
+
+        def noise(i: int) -> Any:
+            return uniform(plan.noise_key(part.name, i), part.start, part.stop)
+
+        zeros: Any = self._arrays.array("result", elements, "<f8")
+        zeros.fill(0)
+        return Piece(
+            tensors=(read(model, name, "input") for model, name in zip(how.models, how.names, strict=True)),
+            weights=how.weights,
+            zeros=zeros,
+            base=read(*how.base, "base") if how.base else None,
+            noise=noise,
+        )
+
+    def _read(self, model: ModelReader, name: str, part: Unit) -> memoryview:
+        data = self._arrays.array("stored", (part.stop - part.start) * model.spec(name).itemsize, "u1").data
+        model.read_bytes_into(name, part.start, data)
+        return data
+
+
+class Arrays:
+    """Arrays that each thread reuses: to allocate one takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._local = local()
+
+    def array(self, purpose: str, elements: int, dtype: str) -> np.ndarray:
+        """Return this thread's array [elements] for a purpose, with any values."""
+        arrays: dict[str, np.ndarray] = self._local.__dict__.setdefault("arrays", {})
+        array = arrays.get(purpose)
+        if array is None or array.size < elements:
+            arrays[purpose] = array = np.empty(elements, dtype)
+        return array[:elements]
+
+    def widened(self, purpose: str, data: memoryview, code: str) -> np.ndarray:
+        """Return floating-point numbers of a dtype as float64."""
+        stored = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[code])
+        if code == "BF16":
+            bits = self.array("bits", stored.size, "<u4")
+            np.copyto(bits, stored)
+            stored = np.left_shift(bits, np.uint32(16), out=bits).view("<f4")
+        out = self.array(purpose, stored.size, "<f8")
+        np.copyto(out, stored)
+        return out
 
 
 def _is_finite(data: memoryview, code: str) -> bool:
@@ -123,34 +175,6 @@ def _is_finite(data: memoryview, code: str) -> bool:
         return True
     positive, negative = (int(np.frombuffer(data, f"<{kind}{size}").max()) for kind in "iu")
     return positive < exponent and negative < exponent | 1 << (8 * size - 1)
-
-
-def _piece(plan: MergePlan, models: Sequence[ModelReader], part: Unit) -> Piece:
-    """Return a part of every model as a piece of NumPy arrays, which elementwise methods accept as well as tensors."""
-    how = plan.how(part.name)
-
-    def read(model: int, name: str) -> Any:
-        return widened(models[model].read_bytes(name, part.start, part.stop), models[model].spec(name).code)
-
-    def noise(i: int) -> Any:
-        return uniform(plan.noise_key(part.name, i), part.start, part.stop)
-
-    zeros: Any = np.zeros(part.stop - part.start)
-    return Piece(
-        tensors=map(read, how.models, how.names),
-        weights=how.weights,
-        zeros=zeros,
-        base=read(*how.base) if how.base else None,
-        noise=noise,
-    )
-
-
-def widened(data: memoryview, code: str) -> np.ndarray:
-    """Return floating-point numbers of a dtype as float64."""
-    if code == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)).view("<f4").astype(np.float64)
-    stored = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[code])
-    return stored.astype(np.float64, copy=False)
 
 
 def narrowed(values: np.ndarray, code: str) -> np.ndarray:

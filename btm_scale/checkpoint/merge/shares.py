@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
-from btm_scale.checkpoint.merge.numpy_runner import is_copied_or_drawn
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 
-_START_BYTES = 1 << 30  # copied in the time that importing torch takes
-_SUMMED_PER_COPIED = 3  # bytes read for a sum in the time in which one is copied
-_LONGER = 1.1  # than with the best number of processes that import torch, for fewer of them
+# Times are in those of bytes that are copied.
+_START_BYTES = 3 << 30  # to import torch
+_HASHED_BYTE = 2
 
 
-def mostly_copies(plan: MergePlan) -> bool:
-    """Whether most of the output is copied from one of the models, or drawn."""
-    copied = sum(spec.nbytes for name, spec in plan.specs.items() if is_copied_or_drawn(plan, name))
-    return 2 * copied > sum(spec.nbytes for spec in plan.specs.values())
+@dataclass(frozen=True)
+class Shares:
+    """Shares units out to processes, so that all take about the same time.
 
-
-def shares(plan: MergePlan, units: Sequence[Unit], size: int, *, torch_starts: bool) -> list[list[Unit]]:
-    """Return the units of each of `size` processes, in their order, so that all take about the same time.
-
-    If `torch_starts`, a process imports torch for its first sum, so only as many get sums as are needed.
+    `by_torch` are the tensors for which a process first imports torch, none if every process has it already. The
+    hashes of the units `hashed` are known.
     """
-    costs = {unit: _cost(plan, unit) for unit in units}
-    sums = [unit for unit in units if not is_copied_or_drawn(plan, unit.name)]
-    copies = [unit for unit in units if is_copied_or_drawn(plan, unit.name)]
-    start = _START_BYTES if torch_starts and sums else 0
-    adding, total = sum(costs[unit] for unit in sums), sum(costs.values())
-    # The time of those with torch, and that of all processes together. Torch takes memory in each that imports it.
-    longest = {count: max(start + adding / count, (total + start * count) / size) for count in range(1, size + 1)}
-    with_torch = next(count for count, time in longest.items() if time <= _LONGER * min(longest.values()))
-    load = [start if rank < with_torch else 0 for rank in range(size)]
-    given: list[list[Unit]] = [[] for _ in load]
-    for group, ranks in ((sums, range(with_torch if start else size)), (copies, range(size))):
-        for unit in group:
-            rank = min(ranks, key=load.__getitem__)
-            load[rank] += costs[unit]
-            given[rank].append(unit)
-    place = {unit: i for i, unit in enumerate(units)}
-    return [sorted(own, key=place.__getitem__) for own in given]
 
+    plan: MergePlan
+    by_torch: Set[str] = frozenset()
+    hashed: Set[Unit] = frozenset()
 
-def _cost(plan: MergePlan, unit: Unit) -> int:
-    """Return how many bytes are copied in the time that a unit takes."""
-    written = (unit.stop - unit.start) * plan.specs[unit.name].itemsize
-    read = 0 if is_copied_or_drawn(plan, unit.name) else len(plan.how(unit.name).models) * written
-    return written + read // _SUMMED_PER_COPIED
+    _LONGER = 1.1  # than with the best number of processes that import torch, for fewer of them
+
+    def of(self, units: Sequence[Unit], size: int) -> list[list[Unit]]:
+        """Return the units of each of `size` processes, in their order."""
+        costs = {unit: self.cost(unit) for unit in units}
+        first = [unit for unit in units if unit.name in self.by_torch]
+        rest = [unit for unit in units if unit.name not in self.by_torch]
+        start = _START_BYTES if first else 0
+        adding, total = sum(costs[unit] for unit in first), sum(costs.values())
+        # The time of those with torch, and that of all processes together. Torch takes memory in each that imports it.
+        longest = {count: max(start + adding / count, (total + start * count) / size) for count in range(1, size + 1)}
+        with_torch = next(count for count, time in longest.items() if time <= self._LONGER * min(longest.values()))
+        load = [start if rank < with_torch else 0 for rank in range(size)]
+        given: list[list[Unit]] = [[] for _ in load]
+        for group, ranks in ((first, range(with_torch)), (rest, range(size))):
+            for unit in sorted(group, key=costs.__getitem__, reverse=True):
+                rank = min(ranks, key=load.__getitem__)
+                load[rank] += costs[unit]
+                given[rank].append(unit)
+        place = {unit: i for i, unit in enumerate(units)}
+        return [sorted(own, key=place.__getitem__) for own in given]
+
+    def cost(self, unit: Unit) -> int:
+        """Return the time that a unit takes."""
+        written = (unit.stop - unit.start) * self.plan.specs[unit.name].itemsize
+        read = 0 if self.plan.copies(unit.name) else len(self.plan.how(unit.name).models) * written
+        return written + read + (0 if unit in self.hashed else _HASHED_BYTE * written)

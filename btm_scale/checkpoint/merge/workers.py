@@ -13,10 +13,10 @@ from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.bar import Bar
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
-from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, torch_is_loaded, without_torch
+from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, torch_is_loaded, with_torch
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
-from btm_scale.checkpoint.merge.runner import Target, UnitRunner
-from btm_scale.checkpoint.merge.shares import mostly_copies, shares
+from btm_scale.checkpoint.merge.runner import Target, UnitRunner, kept_hash
+from btm_scale.checkpoint.merge.shares import Shares
 from btm_scale.util.cores import visible_cores
 from btm_scale.util.one_thread import one_torch_thread
 from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
@@ -51,14 +51,7 @@ def merge_share(
     hosts must not write the same page of a file. `bar` is updated with what all ranks recorded.
     """
     with ExitStack() as stack:
-        paths = {source.path for plan, _ in outputs for source in plan.everyone}
-        models = outputs[0][0].views.open(sorted(paths), stack)
-        targets = []
-        for plan, partial in outputs:
-            writer = open_writer(plan, partial, attach=True)
-            stack.callback(writer.detach)
-            inputs = [models[source.path] for source in plan.sources]
-            targets.append(Target(plan, inputs, models[plan.base.path] if plan.base else None, writer))
+        targets = _targets(outputs, stack)
         first = targets[0]
         if given is None:
             units: Sequence[Unit] = [
@@ -82,6 +75,19 @@ def merge_share(
                 _run_all(part, run, min(cores, MOST), note, bar)
 
 
+def _targets(outputs: Sequence[Output], stack: ExitStack) -> list[Target]:
+    """Open all models and outputs; `stack` closes them."""
+    paths = {source.path for plan, _ in outputs for source in plan.everyone}
+    models = outputs[0][0].views.open(sorted(paths), stack)
+    targets = []
+    for plan, partial in outputs:
+        writer = open_writer(plan, partial, attach=True)
+        stack.callback(writer.detach)
+        inputs = [models[source.path] for source in plan.sources]
+        targets.append(Target(plan, inputs, models[plan.base.path] if plan.base else None, writer))
+    return targets
+
+
 def remaining(outputs: Sequence[Output]) -> list[Unit]:
     """Return the units that are not recorded for all outputs, in the order of the plan."""
     done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
@@ -95,11 +101,27 @@ def _runners(
     if len(targets) > 1:
         yield MeansRunner(targets, chunk_bytes), units
         return
-    by_numpy = frozenset() if torch_is_loaded() else without_torch(targets[0])
-    if first := [unit for unit in units if unit.name in by_numpy]:
+    by_torch = frozenset(targets[0].plan.specs) if torch_is_loaded() else with_torch(targets[0])
+    if first := [unit for unit in units if unit.name not in by_torch]:
         yield NumpyRunner(targets[0], chunk_bytes), first
-    if rest := [unit for unit in units if unit.name not in by_numpy]:
+    if rest := [unit for unit in units if unit.name in by_torch]:
         yield UnitRunner(targets[0], chunk_bytes), rest
+
+
+def _shares(outputs: Sequence[Output], forks: bool) -> Shares:
+    """Return how units are shared out to processes. Imports torch if most of them need it and are forks of this one."""
+    plan = outputs[0][0]
+    if len(outputs) > 1:
+        by_torch, hashed = frozenset(plan.specs), frozenset[Unit]()
+    else:
+        with ExitStack() as stack:
+            (target,) = _targets(outputs, stack)
+            by_torch = with_torch(target)
+            hashed = frozenset(unit for unit in plan.units if kept_hash(target, unit) is not None)
+    sizes = {name: spec.nbytes for name, spec in plan.specs.items()}
+    if forks and 2 * sum(sizes[name] for name in by_torch) > sum(sizes.values()):
+        importlib.import_module("torch")  # once, instead of in each forked process
+    return Shares(plan, frozenset() if torch_is_loaded() else by_torch, hashed)
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
@@ -108,10 +130,8 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     forks, large = may_fork(), any(plan.is_large for plan, _ in outputs)
     if jobs is None:
         jobs = min(visible_cores(), MOST) if forks and large else 1
-    torch_starts = forks and large and not torch_is_loaded() and len(outputs) == 1 and mostly_copies(outputs[0][0])
-    if forks and large and jobs > 1 and not torch_starts:
-        importlib.import_module("torch")  # once, instead of in each forked process
-    given = shares(outputs[0][0], remaining(outputs), jobs, torch_starts=torch_starts)
+    units = remaining(outputs)
+    given = [units] if jobs == 1 else _shares(outputs, forks and large).of(units, jobs)
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes, given=given)
     with Bar(outputs) as bar:
         if jobs == 1:
