@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +106,8 @@ def measure_upcycling(
 
     Times include that until the output is on the disk. All write as many bytes, so each round takes all and the
     copies, and the ratios are those of medians. A virtual machine takes several times as long to write into memory
-    that it did not have yet, so a file of the same size is written and removed before each. The first round, in which
-    that size is not known, is left out.
+    that it did not have yet, so a file of the same size is written and removed before each, and the inputs are read.
+    The first round, in which that size is not known, is left out.
     """
     specs = llama_specs(billions * 1e9, vocabulary)
     work.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def measure_upcycling(
             for name, script in copies.items():
                 output = Path(folder) / "copy"
                 command = [sys.executable, "-c", script, str(run.model(MOE)), str(output)]
-                timed[name].append(_timed(command, output, _size(run.model(MOE))))
+                timed[name].append(_timed(command, [run.model(MOE)], output, _size(run.model(MOE))))
                 assert output.stat().st_size == _size(run.model(MOE))
                 _remove(output)  # from memory too, where the models are
         seconds = {name: statistics.median(one["synced_seconds"] for one in runs[1:]) for name, runs in timed.items()}
@@ -149,15 +149,16 @@ def _upcycled(run: RunDir, case: str, *jobs: str) -> dict[str, float]:
     for name in NAMES:
         _write_card(run, name, _CASES[case].trains)
     output = run.model(MOE)
-    return _timed([sys.executable, "-c", _UPCYCLE, str(run.root), *jobs], output, _size(output))
+    inputs = [run.model(name) for name in (SEED, *NAMES)]
+    return _timed([sys.executable, "-c", _UPCYCLE, str(run.root), *jobs], inputs, output, _size(output))
 
 
 def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir()) if directory.is_dir() else 0
 
 
-def _timed(command: list[str], output: Path, size: int) -> dict[str, float]:
-    """Return the figures of a command that writes `size` bytes into memory that this machine has."""
+def _timed(command: list[str], inputs: Sequence[Path], output: Path, size: int) -> dict[str, float]:
+    """Return the figures of a command that reads inputs from memory, and writes `size` bytes into memory it has."""
     if output.exists():
         _remove(output)
     os.sync()
@@ -166,6 +167,11 @@ def _timed(command: list[str], output: Path, size: int) -> dict[str, float]:
         for start in range(0, size, _SCRATCH):
             file.write(bytes(min(_SCRATCH, size - start)))
     scratch.unlink()
+    buffer = memoryview(bytearray(_SCRATCH))
+    for path in (path for directory in inputs for path in sorted(directory.glob("*.safetensors"))):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
     figures: dict[str, float] = measured(command, output)
     return figures
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from btm_scale.checkpoint.formats.kept_hashes import NAME, KeptHashes
+from btm_scale.checkpoint.formats.kept_hashes import NAME, KeptHashes, states_of
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, as_bytes
 from btm_scale.util.imports import torch
@@ -25,8 +25,9 @@ def content_hash(directory: Path) -> str:
 def hash_and_keep(directory: Path) -> str:
     """Return the content hash of a Hugging Face model, and keep the hashes of its blocks beside the weights."""
     with SafetensorsModel(directory) as model:
+        states = states_of(directory, model.files)
         blocks = _blocks(model)
-        KeptHashes.of(model.files, blocks).write(directory / NAME)
+        KeptHashes.of(states, blocks).write(directory / NAME)
         return combined_hash(model.specs(), blocks)
 
 

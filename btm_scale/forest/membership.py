@@ -12,7 +12,6 @@ from pathlib import Path
 from btm_scale.checkpoint.completeness import require_complete
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.based import base_of, is_adapter
-from btm_scale.checkpoint.formats.kept_hashes import NAME as HASHES
 from btm_scale.checkpoint.formats.locate import require_no_run, require_path
 from btm_scale.checkpoint.formats.quantized import dequantized, quantization_sections
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
@@ -129,7 +128,7 @@ def _copied(run: RunDir, source: Path, name: str, score: Callable[[str], None] |
     try:
         with new_directory(run.model(name), shared=True) as directory:
             for file in files:
-                if file.name not in (CARD, HASHES):
+                if file.name != CARD:
                     copy_inside(source, file.name, directory)
             card = _card(source, directory, name)
             card.write(directory / CARD)

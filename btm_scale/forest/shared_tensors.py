@@ -25,8 +25,9 @@ _PART_ELEMENTS = 1 << 23  # compared by one thread
 def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
     """Return whether all experts have the same bits in all but their MLPs, because they were trained that way.
 
-    Compares the tensors themselves, if all cards say so. Raises ForestError if another tensor of an expert differs from
-    its parent's or, where the parent is not what it was when the expert branched, from that of another of the experts.
+    Compares the tensors themselves or their kept hashes, if all cards say so. Raises ForestError if another tensor of
+    an expert differs from its parent's or, where the parent is not what it was when the expert branched, from that of
+    another of the experts.
     """
     kinds = {_kind(run, name, card) for name, card in experts.items()}
     if len(kinds) > 1:

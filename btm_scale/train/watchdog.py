@@ -151,15 +151,19 @@ class HangWatch:
 
     def _end(self, seconds: float) -> None:
         self._ends = True
-        logger.error(
-            "no step for %.0f s, where one may take %.0f s: the group hangs; every rank's stack:", seconds, self.limit
-        )
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        for number in (signal.SIGUSR2, signal.SIGCONT):
-            self._send(number)
-        time.sleep(1.0)
-        self._send(signal.SIGKILL)
-        os._exit(1)
+        try:
+            logger.error(
+                "no step for %.0f s, where one may take %.0f s: the group hangs; every rank's stack:",
+                seconds,
+                self.limit,
+            )
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            for number in (signal.SIGUSR2, signal.SIGCONT):
+                self._send(number)
+            time.sleep(1.0)
+            self._send(signal.SIGKILL)
+        finally:
+            os._exit(1)
 
     def _send(self, number: signal.Signals) -> None:
         for pid in self._peers.values():

@@ -10,7 +10,8 @@ from typing import Self
 
 from btm_scale.errors import UserError
 
-_CARDS = ("README.md", "provenance.json")  # which their owner or a repeated command may rewrite
+# Which their owner or a repeated command may rewrite, or remove.
+_CARDS = ("README.md", "provenance.json", ".block_hashes.json")
 
 _State = tuple[int, int, int]
 

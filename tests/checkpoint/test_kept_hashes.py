@@ -19,7 +19,7 @@ from btm_scale.checkpoint.formats.kept_hashes import NAME
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.wrapped import RenamedModel
 from btm_scale.checkpoint.hashing import content_hash, hash_and_keep
-from btm_scale.checkpoint.merge import numpy_runner, plan, runner, workers
+from btm_scale.checkpoint.merge import numpy_runner, plan, planning, runner, workers
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
 
@@ -125,6 +125,58 @@ def test_the_hashes_of_a_directory_are_not_those_of_a_file_in_it(models: list[tu
         assert model.kept_hashes(model.names[0]) is None
 
 
+def test_hashes_of_files_that_change_while_they_are_hashed_do_not_count(
+    models: list[tuple[Path, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = models[0][0]
+    compute = hashing._blocks
+
+    def changed_after(model: SafetensorsModel) -> dict[str, list[str]]:
+        blocks = compute(model)
+        restore_times(directory)
+        return blocks
+
+    monkeypatch.setattr(hashing, "_blocks", changed_after)
+    hash_and_keep(directory)
+    assert kept(directory) == {}
+
+
+def test_shards_of_one_name_in_different_folders_are_different_files(models: list[tuple[Path, float]]) -> None:
+    directory = models[0][0]
+    weights = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    places = {}
+    for number, name in enumerate(weights):
+        places[name] = f"{'ab'[number % 2]}/shard.safetensors"
+    for folder in "ab":
+        (directory / folder).mkdir()
+        own = {name: tensor for name, tensor in weights.items() if places[name].startswith(folder)}
+        save_file(own, directory / folder / "shard.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    hash_and_keep(directory)
+    assert kept(directory).keys() == weights.keys()
+    (directory / "a" / "shard.safetensors").touch()
+    assert kept(directory) == {}
+
+
+def test_kept_hashes_may_be_removed_while_a_merge_reads_and_before_it_resumes(
+    models: list[tuple[Path, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory, _ in models:
+        hash_and_keep(directory)
+    before = planning._files_hash(models[0][0])
+    merge_all = workers.merge_in_processes
+
+    def removed_meanwhile(*arguments: Any, **options: Any) -> None:
+        (models[0][0] / NAME).unlink()
+        merge_all(*arguments, **options)
+
+    monkeypatch.setattr("btm_scale.checkpoint.merge.merge.merge_in_processes", removed_meanwhile)
+    report = merge(tmp_path / "out", models, method="moe", ingredients=Ingredients(NAMES))
+    assert report.content_hash == content_hash(tmp_path / "out")
+    assert planning._files_hash(models[0][0]) == before
+
+
 @pytest.mark.parametrize("by", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_a_mixture_takes_over_the_hashes_of_what_it_copies(
@@ -174,6 +226,6 @@ def test_the_hash_of_a_part_of_a_block_is_not_that_of_the_block(
         block = 96 // model.spec(name).itemsize
         hashes = model.kept_hashes(name)
         assert hashes is not None
-        units = [(0, block), (block, 2 * block), (0, 2 * block), (1, block), (block, 2 * block - 1)]
+        units = [(0, block), (block, 2 * block), (0, 2 * block), (1, block + 1), (block, 2 * block - 1)]
         found = [runner.kept_hash(target, plan.Unit(name, *unit)) for unit in units]
         assert found == [hashes[0], hashes[1], None, None, None]

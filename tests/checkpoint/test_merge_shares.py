@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from helpers.small_models import HUGGINGFACE_SIZES
 
 from btm_scale.checkpoint.formats.tensors import as_bytes, dtype_of
+from btm_scale.checkpoint.hashing import hash_and_keep
+from btm_scale.checkpoint.merge import numpy_runner, workers
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
 from btm_scale.checkpoint.merge.numpy_runner import _is_finite
@@ -119,6 +123,41 @@ def test_what_an_interrupted_merge_left_is_shared_out_anew(folder: Path) -> None
     assert sorted((unit for own in given for unit in own), key=plan.units.index) == sums
     assert all(given)
     assert Shares(plan, added(plan)).of([], 3) == [[], [], []]
+
+
+@pytest.mark.parametrize("most_summed", [0, 1 << 30])
+@pytest.mark.parametrize("shared", [False, True])
+def test_units_are_shared_out_by_what_is_known_of_them(
+    shared: bool, most_summed: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        shutil.copytree(folder / name, tmp_path / name)
+    hash_and_keep(tmp_path / "a")
+    imported: list[str] = []
+    found: list[Shares] = []
+
+    def captured(outputs: Sequence[workers.Output], jobs: int | None, *, chunk_bytes: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "torch_is_loaded", lambda: False)
+            patch.setattr("importlib.import_module", imported.append)
+            patch.setattr(numpy_runner, "MOST_BYTES", 0)
+            patch.setattr(numpy_runner, "MOST_SUMMED", most_summed)
+            found.append(workers._shares(outputs, forks=True))
+        workers.merge_in_processes(outputs, jobs, chunk_bytes=chunk_bytes)
+
+    monkeypatch.setattr("btm_scale.checkpoint.merge.merge.merge_in_processes", captured)
+    inputs = [(tmp_path / name, 1.0) for name in NAMES]
+    merge(tmp_path / "out", inputs, method="moe", ingredients=Ingredients(NAMES, shared=shared))
+    (shares,) = found
+    assert imported == []
+    plan = shares.plan
+    assert shares.by_torch == (set() if most_summed else added(plan))
+    copies = {unit for unit in plan.units if plan.how(unit.name).models and plan.copies(unit.name)}
+    from_a = {unit for unit in copies if plan.everyone[plan.how(unit.name).models[0]].path == tmp_path / "a"}
+    assert shares.hashed == from_a != set()
+
+    merge(tmp_path / "mean", inputs, method="linear")
+    assert imported == ([] if most_summed else ["torch"]), "all of a mean is added"
 
 
 def test_a_unit_whose_hash_is_known_takes_a_third_of_the_time_to_copy(folder: Path) -> None:

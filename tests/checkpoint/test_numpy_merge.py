@@ -154,18 +154,20 @@ def test_other_merges_are_left_to_torch(
 
 
 @pytest.mark.parametrize(
-    ("weights", "normalize", "most", "by_numpy"),
+    ("weights", "normalize", "most", "more", "by_numpy"),
     [
-        ((1.0, 1.0), 1, 6 << 30, 6),
-        ((1.0, 1.0), 0, 6 << 30, 6),
-        ((1.0, 1.0), 1, 1 << 10, 1),  # a copy of the boolean mask
-        ((0.5, 1.0), 1, 6 << 30, 1),
+        ((1.0, 1.0), 1, 6 << 30, {}, 6),
+        ((1.0, 1.0), 0, 6 << 30, {}, 6),
+        ((1.0, 1.0), 1, 1 << 10, {}, 1),  # a copy of the boolean mask
+        ((0.5, 1.0), 1, 6 << 30, {}, 1),
+        ((1.0, 1.0), 1, 6 << 30, {"wide.weight": torch.ones(9, dtype=torch.float64)}, 1),
     ],
 )
 def test_a_large_merge_adds_without_torch_if_it_only_adds_and_not_too_much(
     weights: Sequence[float],
     normalize: float,
     most: int,
+    more: dict[str, torch.Tensor],
     by_numpy: int,
     save: Save,
     tmp_path: Path,
@@ -174,7 +176,7 @@ def test_a_large_merge_adds_without_torch_if_it_only_adds_and_not_too_much(
 ) -> None:
     monkeypatch.setattr(numpy_runner, "MOST_BYTES", 1 << 10)
     monkeypatch.setattr(numpy_runner, "MOST_SUMMED", most)
-    folders = [save(f"m{i}", awkward(i, torch.bfloat16, 1e30)) for i in range(2)]
+    folders = [save(f"m{i}", awkward(i, torch.bfloat16, 1e30) | more) for i in range(2)]
     inputs = [*zip(folders, weights, strict=True)]
     found = merge(tmp_path / "out", inputs, parameters={"normalize": normalize}).content_hash
     assert counted[0] == by_numpy

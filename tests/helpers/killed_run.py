@@ -23,8 +23,7 @@ def steps_taken(run: RunDir, model: str) -> int:
 
 def kill_after(config: Path, run: RunDir, model: str, step: int) -> None:
     """Start the run and kill all its processes once the model has taken the step, which is not its last."""
-    with tempfile.TemporaryDirectory() as folder:
-        held = HeldTraining(Path(folder), {model: step + 1})
+    with tempfile.TemporaryDirectory() as folder, HeldTraining(Path(folder), {model: step + 1}) as held:
         process = start_btm_scale(
             "run", config, "--out", run.root, environment=held.environment, stderr=subprocess.DEVNULL
         )

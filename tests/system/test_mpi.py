@@ -87,14 +87,13 @@ def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def seen(run: RunDir) -> Seen:
     """Train the three experts, with one group suspended by SIGSTOP until the others have finished."""
     observed = Seen()
-    held = HeldTraining(run.root.parent, {STOPPED: 1})
-    process = _start(run, held.environment)
-    _wait(process, lambda: run.metrics(STOPPED).is_file() and run.metrics(STOPPED).read_text())
-    stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
-    _sample(run, observed)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    held.release(STOPPED)
+    with HeldTraining(run.root.parent, {STOPPED: 1}) as held:
+        process = _start(run, held.environment)
+        _wait(process, lambda: run.metrics(STOPPED).is_file() and bool(run.metrics(STOPPED).read_text()))
+        stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
+        _sample(run, observed)
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
     try:
         others = [model for model in EXPERTS if model != STOPPED]
         observed.stopped_at = len(run.metrics(STOPPED).read_text().splitlines())

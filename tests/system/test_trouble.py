@@ -116,16 +116,15 @@ def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.
 def started_until_step(run: RunDir, step: int, *settings: str) -> Iterator[subprocess.Popen[str]]:
     """Start the training and yield once it has taken the step. It takes at most four more before the block ends."""
     before = last_change(run)
-    held = HeldTraining(run.root.parent, {"seed": step + EVERY})
-    process = start_btm_scale(*training(run), *settings, environment=held.environment)
+    with HeldTraining(run.root.parent, {"seed": step + EVERY}) as held:
+        process = start_btm_scale(*training(run), *settings, environment=held.environment)
 
-    def is_there() -> bool:
-        # Steps of an earlier start do not count.
-        return last_change(run) != before and steps_taken(run) >= step and len(ranks_of(run)) == 2
+        def is_there() -> bool:
+            # Steps of an earlier start do not count.
+            return last_change(run) != before and steps_taken(run) >= step and len(ranks_of(run)) == 2
 
-    wait_for(is_there, 600, process)
-    yield process
-    held.release("seed")
+        wait_for(is_there, 600, process)
+        yield process
 
 
 def wait_for_the_end(run: RunDir, process: subprocess.Popen[str]) -> int:

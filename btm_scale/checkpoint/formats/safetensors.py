@@ -154,7 +154,7 @@ class SafetensorsModel(ModelReader):
     def kept_hashes(self, name: str) -> Sequence[str] | None:
         """Return the hashes of a tensor's blocks, if they are known of its bytes on disk."""
         if self._kept is None:
-            self._kept = kept_hashes(self.path, self.files) if self.path.is_dir() else {}
+            self._kept = kept_hashes(self.path, self.files)
         return self._kept.get(name)
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:

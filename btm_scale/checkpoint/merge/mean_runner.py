@@ -29,7 +29,7 @@ class _Group:
 class MeansRunner:
     """Merges, writes and hashes one unit of every target, all of method `linear`; thread-safe.
 
-    Every element takes the same operations in the same order as in `linear` for one target.
+    Every element is rounded as often and in the same order as by `linear` for one target.
     """
 
     def __init__(self, targets: Sequence[Target], chunk_bytes: int) -> None:

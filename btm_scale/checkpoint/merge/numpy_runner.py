@@ -1,4 +1,4 @@
-"""Merge small models, and copy tensors of any size, with NumPy instead of torch. The bytes are the same."""
+"""Merge small models, add those of medium size, and copy any, with NumPy instead of torch. The bytes are the same."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from btm_scale.checkpoint.merge.registry import Piece
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner, kept_hash, parts_of
 from btm_scale.util.one_thread import one_torch_thread
 
-MOST_BYTES = 32 << 20  # of all inputs; larger merges are faster with torch, its import included
+MOST_BYTES = 32 << 20  # of all inputs; most larger merges are faster with torch, its import included
 MOST_SUMMED = 6 << 30  # bytes read for plain sums, for which NumPy is slower than torch by less than the import
 _NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not underflow
 _FLOATS = ("F64", *_NARROW)
-_SUMS = ("linear", "moe")  # with weights of 1, these only add
 
 
 def with_torch(target: Target) -> frozenset[str]:
@@ -36,15 +35,20 @@ def with_torch(target: Target) -> frozenset[str]:
     if plan.bytes_read <= MOST_BYTES:
         return frozenset(plan.specs if needed else [])
     summed = [name for name in plan.specs if name not in needed and plan.how(name).models and not plan.copies(name)]
-    read = sum(plan.specs[name].nbytes * len(plan.how(name).models) for name in summed)
+    read = sum(_bytes_read(target, name) for name in summed)
     if needed or read > MOST_SUMMED or not all(_is_plain_sum(plan, name) for name in summed):
         return needed | frozenset(summed)
     return needed
 
 
+def _bytes_read(target: Target, name: str) -> int:
+    how = target.plan.how(name)
+    return sum(target.everyone[model].spec(own).nbytes for model, own in zip(how.models, how.names, strict=True))
+
+
 def _is_plain_sum(plan: MergePlan, name: str) -> bool:
     how = plan.how(name)
-    return how.method_name in _SUMS and set(how.weights) == {1.0}
+    return how.method_name == "linear" and set(how.weights) == {1.0}
 
 
 def torch_is_loaded() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.formats.based import base_of, is_completed
+from btm_scale.checkpoint.formats.kept_hashes import NAME as HASHES
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_code
 from btm_scale.checkpoint.hashing import sample_hash
@@ -270,12 +271,12 @@ def _snapshot(path: Path) -> Snapshot:
 def _files_hash(path: Path) -> str:
     """Return a hash that changes with the name, size or modification time of any file of a model or of its base.
 
-    Dangling links (editor locks) and partial outputs inside the model's folder are ignored.
+    Dangling links (editor locks), partial outputs inside the model's folder and kept hashes are ignored.
     """
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
         for file in sorted(path.rglob("*") if path.is_dir() else [path])
-        if file.is_file() and ".partial" not in str(file.relative_to(path))
+        if file.is_file() and ".partial" not in str(file.relative_to(path)) and file.name != HASHES
     ]
     completing = [_files_hash(base) for base in _bases(path)]
     return hashlib.sha256(repr([*files, *completing]).encode()).hexdigest()

@@ -10,6 +10,7 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 # Times are in those of bytes that are copied.
 _START_BYTES = 3 << 30  # to import torch
 _HASHED_BYTE = 2
+_LONGER = 1.1  # than with the best number of processes that import torch, for fewer of them
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,6 @@ class Shares:
     by_torch: Set[str] = frozenset()
     hashed: Set[Unit] = frozenset()
 
-    _LONGER = 1.1  # than with the best number of processes that import torch, for fewer of them
-
     def of(self, units: Sequence[Unit], size: int) -> list[list[Unit]]:
         """Return the units of each of `size` processes, in their order."""
         costs = {unit: self.cost(unit) for unit in units}
@@ -35,7 +34,7 @@ class Shares:
         adding, total = sum(costs[unit] for unit in first), sum(costs.values())
         # The time of those with torch, and that of all processes together. Torch takes memory in each that imports it.
         longest = {count: max(start + adding / count, (total + start * count) / size) for count in range(1, size + 1)}
-        with_torch = next(count for count, time in longest.items() if time <= self._LONGER * min(longest.values()))
+        with_torch = next(count for count, time in longest.items() if time <= _LONGER * min(longest.values()))
         load = [start if rank < with_torch else 0 for rank in range(size)]
         given: list[list[Unit]] = [[] for _ in load]
         for group, ranks in ((first, range(with_torch)), (rest, range(size))):

@@ -16,6 +16,10 @@ from typing import Any
 _TESTS = Path(__file__).parents[2]
 
 
+def _is_held(released: Path) -> bool:
+    return released.parent.is_dir() and not released.exists()  # the folder is removed when the test ends
+
+
 def _is_asked_to_stop() -> bool:
     listener = getattr(signal.getsignal(signal.SIGUSR1), "__self__", None)  # StopRequest, while a model trains
     return getattr(listener, "_requested", False)
@@ -27,9 +31,10 @@ def _hold(metrics: ModuleType) -> None:
 
     def recorded(self: Any, step: int, *arguments: Any, **options: Any) -> Any:
         line = record(self, step, *arguments, **options)
-        after, released = held.get(self._job.model, (step + 1, ""))
-        while self._writes and step >= after and not Path(released).exists() and not _is_asked_to_stop():
-            time.sleep(0.01)
+        if self._writes and self._job.model in held:
+            after, released = held[self._job.model]
+            while step >= after and _is_held(Path(released)) and not _is_asked_to_stop():
+                time.sleep(0.01)
         return line
 
     metrics.Metrics.record = recorded
