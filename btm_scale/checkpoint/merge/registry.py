@@ -131,8 +131,8 @@ class Method:
         """What it does: the first paragraph of the function's docstring, on one line."""
         return " ".join(inspect.cleandoc(self.function.__doc__ or "").partition("\n\n")[0].split())
 
-    @property
-    def parameters(self) -> dict[str, float]:
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, float]:
         """Parameters and their defaults, from the function's signature."""
         signature = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}

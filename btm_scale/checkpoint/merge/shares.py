@@ -36,10 +36,14 @@ class Shares:
         longest = {count: max(start + adding / count, (total + start * count) / size) for count in range(1, size + 1)}
         with_torch = next(count for count, time in longest.items() if time <= _LONGER * min(longest.values()))
         load = [start if rank < with_torch else 0 for rank in range(size)]
+        full = (total + sum(load)) / size
         given: list[list[Unit]] = [[] for _ in load]
         for group, ranks in ((first, range(with_torch)), (rest, range(size))):
+            # One process after the other: those with sums write little while the others copy, and of several processes
+            # that write to one file all but one wait.
             for unit in sorted(group, key=costs.__getitem__, reverse=True):
-                rank = min(ranks, key=load.__getitem__)
+                half = costs[unit] / 2
+                rank = next((rank for rank in ranks if load[rank] + half <= full), min(ranks, key=load.__getitem__))
                 load[rank] += costs[unit]
                 given[rank].append(unit)
         place = {unit: i for i, unit in enumerate(units)}
