@@ -85,7 +85,10 @@ class NumpyRunner:
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """Return the unit and its block hashes."""
         hashes, kept = BlockHashes(), kept_hash(self._target, unit)
-        for part in parts_of(unit, self.chunk_bytes // self._target.plan.specs[unit.name].itemsize):
+        itemsize = self._target.plan.specs[unit.name].itemsize
+        # What is not hashed needs no cache, and fewer calls.
+        chunk_bytes = self.chunk_bytes if kept is None else 2 * self.chunk_bytes
+        for part in parts_of(unit, chunk_bytes // itemsize):
             data = self._merged(part)
             if data is None:
                 with self._by_torch, one_torch_thread():

@@ -10,6 +10,7 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 # Times are in those of bytes that are copied.
 _START_BYTES = 3 << 30  # to import torch
 _HASHED_BYTE = 2
+_ADDED_BYTE = 1.25
 _LONGER = 1.1  # than with the best number of processes that import torch, for fewer of them
 
 
@@ -35,7 +36,7 @@ class Shares:
         # The time of those with torch, and that of all processes together. Torch takes memory in each that imports it.
         longest = {count: max(start + adding / count, (total + start * count) / size) for count in range(1, size + 1)}
         with_torch = next(count for count, time in longest.items() if time <= _LONGER * min(longest.values()))
-        load = [start if rank < with_torch else 0 for rank in range(size)]
+        load: list[float] = [start if rank < with_torch else 0 for rank in range(size)]
         full = (total + sum(load)) / size
         given: list[list[Unit]] = [[] for _ in load]
         for group, ranks in ((first, range(with_torch)), (rest, range(size))):
@@ -49,8 +50,8 @@ class Shares:
         place = {unit: i for i, unit in enumerate(units)}
         return [sorted(own, key=place.__getitem__) for own in given]
 
-    def cost(self, unit: Unit) -> int:
+    def cost(self, unit: Unit) -> float:
         """Return the time that a unit takes."""
         written = (unit.stop - unit.start) * self.plan.specs[unit.name].itemsize
         read = 0 if self.plan.copies(unit.name) else len(self.plan.how(unit.name).models) * written
-        return written + read + (0 if unit in self.hashed else _HASHED_BYTE * written)
+        return written + _ADDED_BYTE * read + (0 if unit in self.hashed else _HASHED_BYTE * written)
