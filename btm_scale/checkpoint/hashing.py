@@ -10,6 +10,7 @@ from btm_scale.checkpoint.formats.kept_hashes import NAME, KeptHashes, states_of
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, as_bytes
 from btm_scale.util.imports import torch
+from btm_scale.util.inside import as_private_as
 
 # Part of the definition: a tensor's hash combines its blocks' hashes, so that blocks can be hashed independently.
 BLOCK_BYTES = 64 << 20
@@ -28,6 +29,7 @@ def hash_and_keep(directory: Path) -> str:
         states = states_of(directory, model.files)
         blocks = _blocks(model)
         KeptHashes.of(states, blocks).write(directory / NAME)
+        as_private_as(model.files, directory / NAME)
         return combined_hash(model.specs(), blocks)
 
 

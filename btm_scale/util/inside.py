@@ -50,15 +50,17 @@ def copy_inside(folder: Path, name: str, target: Path) -> None:
 
 
 def as_private_as(sources: Iterable[Path], copy: Path) -> None:
-    """Let at most those users read the files below `copy` who may read every file of its sources, files or folders."""
+    """Let at most those users read `copy` who may read every file of its sources; all are files or folders of files."""
     mode = 0o777
     for source in sources:
-        for file in [source] if source.is_file() else source.rglob("*"):
-            if file.is_file():
-                mode &= file.stat().st_mode
-    for file in copy.rglob("*"):
-        if file.is_file():
-            set_mode(file, file.stat().st_mode & (mode | 0o600) & 0o777)
+        for file in _files(source):
+            mode &= file.stat().st_mode
+    for file in _files(copy):
+        set_mode(file, file.stat().st_mode & (mode | 0o600) & 0o777)
+
+
+def _files(path: Path) -> Iterable[Path]:
+    return (file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

@@ -17,6 +17,8 @@ from helpers.cuts import cut
 from helpers.verb_cases import VERBS, Stages, files_of, is_log, is_temporary, repeat_of
 from helpers.warm import Done, Warm
 
+from btm_scale.checkpoint.formats.kept_hashes import NAME as HASHES
+
 _TIMES = 3
 _WRITING = [name for name in VERBS if name != "forest remove"]
 _CASES = [
@@ -72,11 +74,11 @@ def _require_sentence(failed: Done, run: Path, error: int) -> None:
 
 
 def _temporary(run: Path) -> set[str]:
-    """Return the temporary names below a folder, but for caches, the run's locks and its note of a trial."""
+    """Return the temporary names below a folder, but for caches, hashes, the run's locks and its note of a trial."""
     names = {path.relative_to(run) for path in run.rglob("*")}
     return {
         str(name)
         for name in names
-        if is_temporary(name) and not is_log(name) and not {".index", ".locks"} & set(name.parts)
+        if is_temporary(name) and not is_log(name) and not {".index", ".locks", HASHES} & set(name.parts)
         if not name.name.startswith(".tokenizer-passed")
     }

@@ -152,7 +152,7 @@ class _Contents:
         moved = {
             target + path[len(source) :]: file
             for path, file in image.items()
-            if path == source or path.startswith(f"{source}/")
+            if path == source or (path.startswith(f"{source}/") and not is_temporary(Path(path[len(source) + 1 :])))
         }
         for path, file in moved.items():
             self._contents.setdefault(path, []).append(file)

@@ -14,6 +14,7 @@ import torch
 from helpers.complete_models import complete_weights, write_model
 from safetensors.torch import save_file
 
+from btm_scale.checkpoint.formats.kept_hashes import NAME as HASHES
 from btm_scale.config.run import RunConfig
 from btm_scale.forest import membership
 from btm_scale.forest.abandoned import remove_abandoned
@@ -143,7 +144,8 @@ def test_a_living_addition_and_the_scores_of_other_models_stay(run: RunDir, tmp_
         pass
     assert (run.model_scores("friend") / "math.dev.safetensors").is_file()
     assert listing(run) >= {"scores/seed", "scores/math", "scores/average/uniform", "experts/friend/config.json"}
-    assert not [path for path in listing(run) if path.startswith(".") or "/." in path]
+    hidden = {path for path in listing(run) if path.startswith(".") or "/." in path}
+    assert hidden == {f"experts/{name}/{HASHES}" for name in ("first", "friend")}
 
 
 def test_an_interrupted_removal_is_completed_by_the_next_command(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
