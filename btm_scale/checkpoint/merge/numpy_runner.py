@@ -27,8 +27,8 @@ _FLOATS = ("F64", *_NARROW)
 def with_torch(target: Target) -> frozenset[str]:
     """Return the tensors that are merged with torch, because NumPy cannot merge them or would take longer.
 
-    If a small merge needs torch, all of it is merged with torch. A large one copies without torch; what it adds is
-    left to torch, unless it only adds, and too little for the time of torch's import.
+    If a small merge needs torch, all of it is merged with torch. A larger one copies without torch. Its sums are left
+    to torch, unless all have weights of 1 and together they are faster without torch's import.
     """
     plan = target.plan
     needed = frozenset(name for name in plan.specs if not _has_numpy_method(target, name))
@@ -86,7 +86,7 @@ class NumpyRunner:
         """Return the unit and its block hashes."""
         hashes, kept = BlockHashes(), kept_hash(self._target, unit)
         itemsize = self._target.plan.specs[unit.name].itemsize
-        # What is not hashed needs no cache, and fewer calls.
+        # Bytes that are not hashed need not stay in a core's cache, and larger chunks take fewer calls.
         chunk_bytes = self.chunk_bytes if kept is None else 2 * self.chunk_bytes
         for part in parts_of(unit, chunk_bytes // itemsize):
             data = self._merged(part)
