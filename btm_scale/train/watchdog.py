@@ -7,6 +7,7 @@ noticed by the launcher.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import os
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 # Time for the launcher to learn of a rank's own error before the others end too.
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
+# Time for the other ranks to dump their stacks.
+_DUMP_SECONDS = 3.0
 _LEAST_STEPS = 5
 # The first steps may compile and tune.
 _FIRST_STEPS_PATIENCE = 10
@@ -158,17 +161,31 @@ class HangWatch:
                 self.limit,
             )
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            for number in (signal.SIGUSR2, signal.SIGCONT):
-                self._send(number)
-            time.sleep(1.0)
-            self._send(signal.SIGKILL)
+            for pid in self._peers.values():
+                _signal_main_thread(pid, signal.SIGUSR2)
+                _signal(pid, signal.SIGCONT)
+            time.sleep(_DUMP_SECONDS)
+            for pid in self._peers.values():
+                _signal(pid, signal.SIGKILL)
         finally:
             os._exit(1)
 
-    def _send(self, number: signal.Signals) -> None:
-        for pid in self._peers.values():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def _signal_main_thread(pid: int, number: signal.Signals) -> None:
+    """Send a signal that the process's main thread handles, as soon as it runs.
+
+    One sent to the process may be handled by another thread, and the stack of a main thread that goes on meanwhile is
+    dumped in part.
+    """
+    try:
+        ctypes.CDLL(None).tgkill(pid, pid, number)
+    except AttributeError:  # glibc before 2.30
+        _signal(pid, number)
 
 
 def _processes_of_this_host(group: ExpertGroup) -> dict[int, int]:

@@ -6,13 +6,13 @@ import contextlib
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 
 from btm_scale.run_dir import RunDir
 from helpers.held_training import HeldTraining
+from helpers.processes import wait_for
 from helpers.tiny_run import start_btm_scale
 
 
@@ -27,11 +27,7 @@ def kill_after(config: Path, run: RunDir, model: str, step: int) -> None:
         process = start_btm_scale(
             "run", config, "--out", run.root, environment=held.environment, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 600
-        while steps_taken(run, model) < step:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for(lambda: steps_taken(run, model) >= step, process=process)
         processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for one in processes:
             with contextlib.suppress(psutil.NoSuchProcess):

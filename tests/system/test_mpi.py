@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from helpers.cluster_run import EXPERTS, cluster_values
 from helpers.held_training import HeldTraining
 from helpers.in_process import answer
 from helpers.mpirun import AS_ROOT, mpirun
+from helpers.processes import wait_for
 from helpers.tiny_run import btm_scale, write_config
 
 from btm_scale.forest.expert import is_finished, read_expert
@@ -89,7 +89,7 @@ def seen(run: RunDir) -> Seen:
     observed = Seen()
     with HeldTraining(run.root.parent, {STOPPED: 1}) as held:
         process = _start(run, held.environment)
-        _wait(process, lambda: run.metrics(STOPPED).is_file() and bool(run.metrics(STOPPED).read_text()))
+        wait_for(lambda: run.metrics(STOPPED).is_file() and bool(run.metrics(STOPPED).read_text()), process=process)
         stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
         _sample(run, observed)
         for pid in stopped:
@@ -97,9 +97,10 @@ def seen(run: RunDir) -> Seen:
     try:
         others = [model for model in EXPERTS if model != STOPPED]
         observed.stopped_at = len(run.metrics(STOPPED).read_text().splitlines())
-        _wait(
-            process,
+        wait_for(
             lambda: _sample(run, observed) and all(is_finished(run.model(model)) for model in others),
+            process=process,
+            poll=0.1,
         )
         observed.finished_beside = {model for model in EXPERTS if is_finished(run.model(model))}
     finally:
@@ -144,14 +145,6 @@ def _sample(run: RunDir, observed: Seen) -> bool:
             observed.joined.add((model, other))
     observed.samples += 1
     return True
-
-
-def _wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_no_connection_exists_between_groups(seen: Seen) -> None:

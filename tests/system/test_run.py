@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 from helpers.cuts import full
 from helpers.in_process import answer, refusal
+from helpers.processes import wait_for
 from helpers.tiny_run import btm_scale, start_btm_scale, tiny_values, write_config
 from helpers.warm import Warm
 
@@ -290,19 +290,12 @@ def _kill_when(condition: Callable[[], bool], folder: Path, run: RunDir) -> None
     process = _started_until(condition, folder, run)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 300
-    while _has_ranks(run):
-        assert time.monotonic() < deadline, "a rank outlived its run"
-        time.sleep(0.1)
+    wait_for(lambda: not _has_ranks(run), 300, poll=0.1)
 
 
 def _started_until(condition: Callable[[], bool], folder: Path, run: RunDir) -> subprocess.Popen[str]:
     process = start_btm_scale("run", folder / "tiny.yaml", "--out", run.root)
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(condition, 300, process)
     return process
 
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,7 @@ import pytest
 from helpers.cuts import full
 from helpers.held_training import HeldTraining
 from helpers.in_process import answer
+from helpers.processes import wait_for
 from helpers.tiny_run import share_text, start_btm_scale, tiny_values, write_config
 from helpers.warm import Warm
 
@@ -102,14 +103,6 @@ def steps_taken(run: RunDir) -> int:
         return int(json.loads(lines[-1])["step"])
     except (FileNotFoundError, IndexError, ValueError):
         return 0
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

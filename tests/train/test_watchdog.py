@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.processes import wait_for
 
 from btm_scale.config.training import HealthConfig
 from btm_scale.train import watchdog
@@ -65,6 +67,43 @@ def test_a_wait_for_a_suspended_rank_is_a_hang(monkeypatch: pytest.MonkeyPatch) 
     finally:
         peer.kill()
         peer.communicate()
+
+
+MANY_THREADS = """
+import contextlib, faulthandler, signal, sys, threading, time
+faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+for _ in range(8):
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+@contextlib.contextmanager
+def short():
+    yield
+def train():
+    while True:
+        with short():
+            pass
+print("trains", flush=True)
+train()
+"""
+
+
+def test_the_stack_of_a_rank_that_is_resumed_is_dumped_whole(tmp_path: Path) -> None:
+    """Each time, though the main thread goes on at once and another thread could handle the signal."""
+    stacks = tmp_path / "stacks"
+    with stacks.open("w") as file:
+        rank = subprocess.Popen([sys.executable, "-c", MANY_THREADS], stdout=subprocess.PIPE, stderr=file)
+    try:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == b"trains\n"
+        for times in range(1, 21):
+            rank.send_signal(signal.SIGSTOP)
+            wait_for(lambda: watchdog._is_suspended(rank.pid), 30)
+            watchdog._signal_main_thread(rank.pid, signal.SIGUSR2)
+            rank.send_signal(signal.SIGCONT)
+            wait_for(lambda times=times: stacks.read_text().count("in <module>") == times, 30)
+            assert stacks.read_text().count("in train") == times
+    finally:
+        rank.kill()
+        rank.communicate()
 
 
 SLOW_STEP = """

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
-from pathlib import Path
 
+import psutil
 import pytest
+from helpers.processes import is_alive, wait_for
 
 BEFORE = """
 import os, signal, threading, time
@@ -111,10 +112,9 @@ def test_workers_end_with_the_process_that_was_killed(forks: bool) -> None:
     words = [sys.executable, "-c", BEFORE + textwrap.dedent(script)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     worker = int(done.stdout)
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{worker}").exists() and "zombie" not in Path(f"/proc/{worker}/status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(worker)
+        wait_for(lambda: not is_alive(process), 30)
 
 
 def after_ctrl_c(handler: str, seconds: float) -> tuple[str, str]:
