@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from btm_scale.checkpoint.merge import numpy_runner, workers
 from btm_scale.checkpoint.merge.arrays import add_weighted
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.checkpoint.merge.numpy_runner import Arrays, NumpyRunner, narrowed
+from btm_scale.checkpoint.merge.numpy_runner import Arrays, NumpyRunner
 from btm_scale.checkpoint.merge.registry import METHODS
 from btm_scale.checkpoint.merge.runner import UnitRunner
 
@@ -216,7 +216,7 @@ def test_numbers_of_16_bits_are_widened_and_sums_are_rounded_as_torch_does() -> 
     halves = values.bfloat16().double() * (1 + 2**-8)  # ties
     for each in (values, halves):
         for code, dtype in OUTPUTS.items():
-            rounded = torch.from_numpy(narrowed(each.numpy().copy(), code).copy())
+            rounded = torch.from_numpy(Arrays().narrowed(each.numpy(), code))
             assert rounded.view(torch.uint8).equal(each.to(dtype).view(torch.uint8)), code
 
 

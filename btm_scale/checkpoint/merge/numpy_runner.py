@@ -117,7 +117,7 @@ class NumpyRunner:
                     exact = how.method.function(self._piece(part), **how.parameters)
                 except OverflowError:
                     return None
-            rounded = narrowed(exact, spec.code)
+            rounded = self._arrays.narrowed(exact, spec.code)
         data = rounded.data.cast("B")
         return data if _is_finite(data, spec.code) else None  # infinities that rounding makes are counted too
 
@@ -174,6 +174,28 @@ class Arrays:
         np.copyto(out, stored)
         return out
 
+    def narrowed(self, values: np.ndarray, code: str) -> np.ndarray:
+        """Return finite float64 numbers rounded to a dtype as torch does it: to float32, and from there to 16 bits."""
+        if code == "F64":
+            return values
+        single = self._cast("single", values, "<f4")
+        if code == "F32":
+            return single
+        if code == "F16":
+            return self._cast("half", single, "<f2")
+        bits = single.view("<u4")
+        added = np.right_shift(bits, np.uint32(16), out=self.array("bits", bits.size, "<u4"))
+        added &= np.uint32(1)
+        added += np.uint32(0x7FFF)
+        bits += added
+        bits >>= np.uint32(16)
+        return self._cast("brain", bits, "<u2")
+
+    def _cast(self, purpose: str, values: np.ndarray, dtype: str) -> np.ndarray:
+        out = self.array(purpose, values.size, dtype)
+        np.copyto(out, values.reshape(-1), casting="same_kind")
+        return out
+
 
 def _is_finite(data: memoryview, code: str) -> bool:
     """Return whether all floating-point numbers of a dtype are finite, which their largest bit patterns show."""
@@ -182,21 +204,3 @@ def _is_finite(data: memoryview, code: str) -> bool:
         return True
     positive, negative = (int(np.frombuffer(data, f"<{kind}{size}").max()) for kind in "iu")
     return positive < exponent and negative < exponent | 1 << (8 * size - 1)
-
-
-def narrowed(values: np.ndarray, code: str) -> np.ndarray:
-    """Return finite float64 numbers rounded to a dtype as torch rounds them: to float32, and from there to 16 bits."""
-    if code == "F64":
-        return values
-    single = values.astype("<f4")
-    if code == "F32":
-        return single
-    if code == "F16":
-        return single.astype("<f2")
-    bits = single.view("<u4")
-    half = bits >> np.uint32(16)  # in place from here on: to allocate memory takes longer than the sums
-    half &= np.uint32(1)
-    half += np.uint32(0x7FFF)
-    bits += half
-    bits >>= np.uint32(16)
-    return bits.astype("<u2")
