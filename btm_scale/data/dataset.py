@@ -21,7 +21,7 @@ from btm_scale.data.chat.packing import as_flagged
 from btm_scale.data.chat.sequences import ChatSequences, blended, most_samples
 from btm_scale.data.document_lengths import lengths_in_sample
 from btm_scale.data.fingerprint import Fingerprint
-from btm_scale.data.token_index import sequences_in
+from btm_scale.data.token_index import TokenSequences
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import CheckpointError, DataError
 from btm_scale.run_dir import RunDir
@@ -204,7 +204,7 @@ class TrainingSamples:
 
     def _documents_of(self, name: str) -> np.ndarray[Any, Any]:
         """Return the documents of a domain that are in the part. Raises DataError if they fill no sequence."""
-        lengths = sequences_in(self._run.tokens(name, "train"))
+        lengths = TokenSequences(self._run.tokens(name, "train")).lengths
         documents = np.arange(len(lengths), dtype=np.int32)
         if self._part is not None:
             which, parts = self._part

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from btm_scale.data.chat.encode import TRAINED, is_special_token, reader_of
 from btm_scale.data.chat.packing import flagged, packed, pieces_of, sequence_of
 from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.token_index import TokenSequences
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
-from btm_scale.util.imports import import_uncompiled
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 Array = np.ndarray[Any, Any]
 
@@ -87,21 +84,17 @@ class EvaluationText:
 
         Raises DataError if the domain is not prepared, was prepared with another tokenizer, or is damaged.
         """
-        # Imported late: Megatron-core takes seconds, and evaluating scores may need no text.
-        import_uncompiled("megatron.core")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         tokenizer = directory_digest(run.tokenizer)
         fingerprint = Fingerprint.of_domain(run, domain)
         fingerprint.require_tokenizer(tokenizer, run)
         fingerprint.require_whole(run)
-        documents = IndexedDataset(str(run.tokens(domain, split)))
+        documents = TokenSequences(run.tokens(domain, split))
         text, chosen = _sample(documents, tokens + 1)
         digest = hashlib.sha256(json.dumps([domain, split, sequence_length, tokenizer]).encode())
         digest.update(text.astype("<i8").tobytes())
         counted = None
         if fingerprint.has_chats:
-            starts, counted = _answers(documents.sequence_lengths, chosen, run.mask(domain, split), sequence_length)
+            starts, counted = _answers(documents.lengths, chosen, run.mask(domain, split), sequence_length)
             starts, counted = starts[starts < len(text) - 1], counted[: len(text) - 1]
             digest.update(starts.tobytes() + counted.tobytes())
             if not counted.any():
@@ -114,7 +107,7 @@ class EvaluationText:
         return cls(domain, split, text, starts, digest.hexdigest(), run.tokenizer, counted)
 
 
-def _sample(documents: IndexedDataset, tokens: int) -> tuple[Array, list[int]]:
+def _sample(documents: TokenSequences, tokens: int) -> tuple[Array, list[int]]:
     """Return the first tokens of documents in a fixed random order, and the documents."""
     # NumPy guarantees RandomState's stream; another order would be another test set.
     parts: list[Array] = []
@@ -132,7 +125,7 @@ def _sample(documents: IndexedDataset, tokens: int) -> tuple[Array, list[int]]:
 def _answers(lengths: Array, chosen: list[int], path: Path, length: int) -> tuple[Array, Array]:
     """Return the first token of each part of the chosen conversations, and which targets are parts of answers."""
     mask = np.memmap(path, np.uint8, "r")
-    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    begins = np.cumsum(lengths) - lengths
     starts: list[int] = []
     trained: list[Array] = []
     position = 0

@@ -1,8 +1,9 @@
-"""The index of a Megatron-core token file, checked before Megatron-core reads it: it trusts what it finds there."""
+"""Token files of Megatron-core: the check of an index, which it trusts, and reading them without Megatron-core."""
 
 from __future__ import annotations
 
 import struct
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, dtype, sequences, documents
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}  # by the code of the dtype
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # by their codes
+_ITEM_BYTES = {code: np.dtype(name).itemsize for code, name in _DTYPES.items()}
 _LENGTH, _POINTER = 4, 8  # bytes per sequence length, and per pointer or document
 
 
@@ -42,8 +44,25 @@ def index_problem(prefix: Path) -> str | None:
     return None
 
 
-def sequences_in(prefix: Path) -> np.ndarray[Any, Any]:
-    """Return the length in tokens of each sequence of an index that is intact, int64 [sequences]."""
-    with prefix.with_suffix(".idx").open("rb") as file:
-        _, _, sequences, _ = _HEADER.unpack(file.read(len(_MAGIC) + _HEADER.size)[len(_MAGIC) :])
-        return np.frombuffer(file.read(sequences * _LENGTH), np.int32).astype(np.int64)
+class TokenSequences:
+    """The sequences of `prefix`.bin, whose index is intact, read on demand."""
+
+    def __init__(self, prefix: Path) -> None:
+        with prefix.with_suffix(".idx").open("rb") as file:
+            _, dtype, sequences, _ = _HEADER.unpack(file.read(len(_MAGIC) + _HEADER.size)[len(_MAGIC) :])
+            self.lengths: np.ndarray[Any, Any] = np.frombuffer(file.read(sequences * _LENGTH), "<i4").astype(np.int64)
+            """Tokens by sequence, int64 [sequences]."""
+            self._begins = np.frombuffer(file.read(sequences * _POINTER), "<i8")
+        self._path, self._dtype = prefix.with_suffix(".bin"), np.dtype(_DTYPES[dtype])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> np.ndarray[Any, Any]:
+        """Return the tokens of a sequence, [tokens] in the dtype of the file."""
+        begin, length = int(self._begins[number]), int(self.lengths[number])
+        return self._bytes[begin : begin + length * self._dtype.itemsize].view(self._dtype)
+
+    @cached_property
+    def _bytes(self) -> np.ndarray[Any, Any]:
+        return np.memmap(self._path, np.uint8, "r")

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
-from btm_scale.forest.router import fitted, gate_names
-from btm_scale.forest.router_sums import LayerSums, batches
+from btm_scale.forest.observed_inputs import batches
+from btm_scale.forest.router import fitted, gate_names, one_blas_thread
 from btm_scale.model.hf_load import load_causal_lm
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.one_thread import one_torch_thread
 
 
 class _ReachedError(Exception):
@@ -25,7 +25,7 @@ class _ReachedError(Exception):
 @torch.no_grad()
 def fitted_routed(
     directory: Path, shape: ModelShape, texts: Sequence[Sequence[EvaluationText]], device: str
-) -> dict[str, Tensor]:
+) -> dict[str, np.ndarray]:
     """Return the gate of every layer under its Hugging Face name: float32 [experts, hidden].
 
     `directory` is the mixture with any router; `texts` are those of each expert's domains, in the order of the experts.
@@ -35,20 +35,20 @@ def fitted_routed(
     model = load_causal_lm(directory).to(device).eval()
     gates = {}
     for name, layer in zip(gate_names(shape), model.model.layers, strict=True):
-        sums = [_sums(model, layer, own, device) for own in texts]
-        if not all(one.second.isfinite().all() for one in sums):
+        means, seconds = zip(*(_moments(model, layer, own, device) for own in texts), strict=True)
+        if not all(second.isfinite().all() for second in seconds):
             raise ForestError(
                 f"The hidden states of the mixture before {name} are not numbers, although the experts' weights are: "
                 "they overflow in its dtype. Use --router random, or leave out an expert: --without NAME"
             )
-        with one_torch_thread():
-            rows = fitted(sums)
-        layer.mlp.gate.weight.copy_(rows)
-        gates[name] = rows.float().contiguous()
+        with one_blas_thread():
+            rows = fitted(torch.stack(means).numpy(), (sum(seconds[1:], seconds[0]) / len(seconds)).numpy())
+        layer.mlp.gate.weight.copy_(torch.from_numpy(rows))
+        gates[name] = rows.astype("<f4")
     return gates
 
 
-def _sums(model: Any, layer: Any, texts: Sequence[EvaluationText], device: str) -> LayerSums:
+def _moments(model: Any, layer: Any, texts: Sequence[EvaluationText], device: str) -> tuple[Tensor, Tensor]:
     """Return the mean and the second moment of the inputs of a layer's MLP."""
     size, count = layer.mlp.gate.weight.shape[1], 0
     total = torch.zeros(size, dtype=torch.float64, device=device)
@@ -69,4 +69,4 @@ def _sums(model: Any, layer: Any, texts: Sequence[EvaluationText], device: str) 
                 count += batch.numel()
     finally:
         hook.remove()
-    return LayerSums((total / count).cpu(), (second / count).cpu())
+    return (total / count).cpu(), (second / count).cpu()

@@ -1,59 +1,75 @@
-"""Routers in closed form: one row per expert and layer, computed from the experts' sums without any training."""
+"""Routers in closed form: one row per expert and layer, computed from the experts' sums without training or torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from threadpoolctl import threadpool_limits
 
-from btm_scale.forest.router_sums import LayerSums, RouterSums
+from btm_scale.forest.router_sums import RouterSums
 from btm_scale.model.hf_names import table
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.one_thread import one_torch_thread
+from btm_scale.util.cholesky import solve_positive_definite
+from btm_scale.util.pools import CORES, in_threads
 
 _RIDGE = 1e-3  # of the covariance's mean diagonal, so that few tokens suffice
+_MOST_BYTES = 384 << 20  # of the layers that are fitted at once, each with _MATRICES of float64 [hidden, hidden]
+_MATRICES = 2
 
 
-def fitted(layers: Sequence[LayerSums]) -> Tensor:
+def fitted(means: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the rows [experts, hidden] of linear discriminant analysis on a layer's inputs.
+
+    `means` [experts, hidden] are the mean inputs of each expert's domains. `second` [hidden, hidden], which is
+    overwritten, is the mean of the experts' second moments. Both are float64.
 
     Expert j's logit is log p(x | domain j), up to what all have in common, for Gaussians with one covariance S: with
     the means m_j and their mean m, (x - (m_j + m) / 2) S^-1 (m_j - m). A gate has no bias, so the constant is added
-    through the direction whose product with m is 1 and which varies the least otherwise.
+    through the direction whose product with m is 1 and which varies the least otherwise: S^-1 m, scaled.
     """
-    means = torch.stack([layer.mean for layer in layers])
-    mean = means.mean(dim=0)
-    within = sum((layer.second - layer.mean.outer(layer.mean) for layer in layers), torch.zeros(())) / len(layers)
-    within = within + _RIDGE * within.diagonal().mean() * torch.eye(len(mean), dtype=within.dtype)
-    rows = torch.linalg.solve(within, (means - mean).t()).t()
-    constants = -0.5 * ((means + mean) * rows).sum(dim=1)
-    direction = torch.linalg.solve(within + mean.outer(mean), mean)
-    return rows + constants[:, None] * (direction / (direction @ mean))
+    mean, within = means.mean(axis=0), second
+    within -= means.T @ means / len(means)
+    within[np.diag_indices(len(mean))] += _RIDGE * within.diagonal().mean()
+    *rows, direction = solve_positive_definite(within, np.stack([*(means - mean), mean], axis=1)).T
+    constants = -0.5 * ((means + mean) * rows).sum(axis=1)
+    return np.stack(rows) + constants[:, None] * (direction / (direction @ mean))
 
 
-def hidden(layers: Sequence[LayerSums]) -> Tensor:
+def hidden(means: np.ndarray) -> np.ndarray:
     """Return the rows of mergekit-moe's `hidden` gates: each domain's mean input, less that of all, of norm 1."""
-    means = torch.stack([layer.mean for layer in layers])
-    return torch.nn.functional.normalize(means - means.mean(dim=0), dim=1)
+    centered = means - means.mean(axis=0)
+    return centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
 
 
-_BY_LAYER: Mapping[str, Callable[[Sequence[LayerSums]], Tensor]] = {"fitted": fitted, "hidden": hidden}
-
-
-def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[str, Tensor]:
+def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[str, np.ndarray]:
     """Return the gate of every layer of a mixture under its Hugging Face name: float32 [experts, hidden].
 
     `kind` is one of ROUTERS but `random`, which needs no sums, and `fitted-routed`, which needs the mixture.
     """
-    with one_torch_thread():
-        return {name: _gate(kind, i, experts).float().contiguous() for i, name in enumerate(gate_names(shape))}
+    at_once = _MOST_BYTES // (_MATRICES * 8 * shape.hidden**2)
+    names = gate_names(shape)
+    with one_blas_thread():
+        rows = in_threads(lambda layer: _gate(kind, layer, experts), range(len(names)), at_once=min(CORES, at_once))
+    return {name: row.astype("<f4") for name, row in zip(names, rows, strict=True)}
 
 
-def _gate(kind: str, layer: int, experts: Sequence[RouterSums]) -> Tensor:
+def one_blas_thread() -> threadpool_limits:
+    """Use one thread per call of BLAS in this context, so that results do not depend on the machine's cores."""
+    return threadpool_limits(1, user_api="blas")
+
+
+def _gate(kind: str, layer: int, experts: Sequence[RouterSums]) -> np.ndarray:
     if kind == "embedding":
-        return torch.stack([expert.embedding for expert in experts])
-    return _BY_LAYER[kind]([expert.layer(layer) for expert in experts])
+        return np.stack([expert.embedding for expert in experts])
+    means = np.stack([expert.mean(layer) for expert in experts])
+    if kind == "hidden":
+        return hidden(means)
+    second = np.zeros((means.shape[1], means.shape[1]))
+    for expert in experts:
+        expert.add_second(layer, second)
+    second /= len(experts)
+    return fitted(means, second)
 
 
 def gate_names(shape: ModelShape) -> list[str]:

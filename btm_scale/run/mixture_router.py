@@ -6,11 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save
-from torch import Tensor
+import numpy as np
+from safetensors.numpy import save
 
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.routed_router import fitted_routed
 from btm_scale.forest.router import gates
 from btm_scale.forest.router_sums import router_sums
 from btm_scale.forest.routers import texts_of_expert
@@ -40,12 +39,14 @@ def write_routed_router(
     config: RunConfig, run: RunDir, names: Sequence[str], shape: ModelShape, unrouted: Path, device: str
 ) -> Path:
     """Write the gates that are fitted to a mixture, which has any router, layer by layer; returns the file's path."""
+    from btm_scale.forest.routed_router import fitted_routed  # imports torch, which kept sums do not need
+
     logger.info("fitting the router to the mixture, layer by layer")
     texts = [texts_of_expert(config, run, name) for name in names]
     return _write(run, fitted_routed(unrouted, shape, texts, device))
 
 
-def _write(run: RunDir, tensors: dict[str, Tensor]) -> Path:
+def _write(run: RunDir, tensors: dict[str, np.ndarray]) -> Path:
     path, content = run.router(MOE), with_sorted_header(save(tensors))
     if not path.is_file() or path.read_bytes() != content:  # an interrupted merge resumes if the file is the same
         make_directory(path.parent)

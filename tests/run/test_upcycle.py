@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers.handmade_run import DOMAINS
 from helpers.upcycling import WEIGHTS, Run, change, files_of, unscored
 from helpers.warm import Warm
@@ -48,7 +47,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     compute = router_sums._compute
 
-    def noted(run: RunDir, name: str, *rest: Any) -> dict[str, torch.Tensor]:
+    def noted(run: RunDir, name: str, *rest: Any) -> dict[str, np.ndarray]:
         names.append(name)
         return compute(run, name, *rest)
 

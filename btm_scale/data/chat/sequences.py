@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from btm_scale.data.chat.packing import flagged, packed, sequence_of, trained_pieces
-from btm_scale.data.token_index import sequences_in
+from btm_scale.data.token_index import TokenSequences
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.imports import torch  # in a worker that encodes text it would take most of the memory
@@ -27,7 +27,7 @@ class ChatSequences:
         self._tokens = np.memmap(prefix.with_suffix(".bin"), np.dtype(dtype), "r")
         self._mask = np.memmap(run.mask(domain, "train"), np.uint8, "r")
         self._domain, self._length, self._end_of_text = domain, length, end_of_text
-        self._lengths = sequences_in(prefix)
+        self._lengths = TokenSequences(prefix).lengths
         self._paths = index / f"{domain}-pieces.npy", index / f"{domain}-rows.npy"
         self._pieces = self._rows = np.empty(0, np.int64)
 
@@ -91,7 +91,7 @@ def tokens_of_pass(domain: str, folder: Path, length: int) -> int:
     mask = folder / "train.mask"
     if not mask.stat().st_size:
         return 0
-    lengths = sequences_in(folder / "train")
+    lengths = TokenSequences(folder / "train").lengths
     pieces, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(mask, np.uint8, "r"), length)
     if cut:
         logger.warning(
