@@ -26,6 +26,8 @@ _METHODS = {
 _UPCYCLED = {
     "averaged": "complete experts, the rest averaged",
     "shared": "experts of MLPs alone, the rest copied",
+    "averaged_fitted": "complete experts, router `fitted` to sums that exist",
+    "shared_fitted": "experts of MLPs alone, router `fitted` to sums that exist",
     "averaged_anew": "complete experts, without kept hashes",
     "shared_anew": "experts of MLPs alone, without kept hashes",
 }

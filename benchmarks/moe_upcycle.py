@@ -1,13 +1,16 @@
-"""Upcycling of eight models with a random router: its memory, and its time beside copies of the bytes that it writes.
+"""Upcycling of eight models without reading text: its memory, and its time beside copies of the bytes that it writes.
 
 One copy is by a single process; the other is hashed while it is written, by one process per core, as upcycling does.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,21 +27,21 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.hashing import content_hash, hash_and_keep
-from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_yaml
 from btm_scale.forest.expert import CARD, Expert, Parent, read_expert
 from btm_scale.run_dir import MOE, SEED, RunDir
 
 _UPCYCLE = """
 import sys
 from pathlib import Path
-from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_yaml
 from btm_scale.run.mixture_recipe import Recipe
 from btm_scale.run.upcycle import make_mixture
 from btm_scale.run_dir import MOE, RunDir
 if __name__ == "__main__":
     run = RunDir(Path(sys.argv[1]))
-    jobs = int(sys.argv[2]) if len(sys.argv) > 2 else None
-    make_mixture(RunConfig.load(run.config), run, Recipe(router="random"), run.model(MOE), jobs=jobs)
+    jobs = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    make_mixture(RunConfig.load(run.config), run, Recipe(router=sys.argv[2]), run.model(MOE), jobs=jobs)
 """
 _COPY = """
 import os, sys
@@ -81,21 +84,25 @@ NAMES = [f"domain-{i}" for i in range(MODELS)]
 _PIECE = 1 << 24  # elements
 _SCRATCH = 1 << 20  # bytes
 _ASIDE = f"{HASHES}.aside"
+_WORDS = ("branch", "train", "merge", "expert", "domain", "seed", "router", "layer", "token", "text", "model", "forest")
 
 
 @dataclass(frozen=True)
 class _Case:
-    """What the experts trained, and whether the hashes of their blocks were kept, as training and `forest add` do."""
+    """What the experts trained, the router, and whether the hashes of blocks were kept, as training does."""
 
     trains: Literal["all", "mlp"]
-    has_hashes: bool
+    router: Literal["random", "fitted"] = "random"
+    has_hashes: bool = True
 
 
 _CASES = {
-    "averaged": _Case("all", True),
-    "shared": _Case("mlp", True),
-    "averaged_anew": _Case("all", False),
-    "shared_anew": _Case("mlp", False),
+    "averaged": _Case("all"),
+    "shared": _Case("mlp"),
+    "averaged_fitted": _Case("all", "fitted"),
+    "shared_fitted": _Case("mlp", "fitted"),
+    "averaged_anew": _Case("all", has_hashes=False),
+    "shared_anew": _Case("mlp", has_hashes=False),
 }
 
 
@@ -107,7 +114,7 @@ def measure_upcycling(
     Times include that until the output is on the disk. All write as many bytes, so each round takes all and the
     copies, and the ratios are those of medians. A virtual machine takes several times as long to write into memory
     that it did not have yet, so a file of the same size is written and removed before each, and the inputs are read.
-    The first round, in which that size is not known, is left out.
+    The first round, in which that size is not known and the fitted router's sums are computed, is left out.
     """
     specs = llama_specs(billions * 1e9, vocabulary)
     work.mkdir(parents=True, exist_ok=True)
@@ -148,9 +155,9 @@ def _upcycled(run: RunDir, case: str, *jobs: str) -> dict[str, float]:
             (run.model(name) / gone).rename(run.model(name) / there)
     for name in NAMES:
         _write_card(run, name, _CASES[case].trains)
-    output = run.model(MOE)
-    inputs = [run.model(name) for name in (SEED, *NAMES)]
-    return _timed([sys.executable, "-c", _UPCYCLE, str(run.root), *jobs], inputs, output, _size(output))
+    output, router = run.model(MOE), _CASES[case].router
+    inputs = [run.model(name) for name in (SEED, *NAMES)] + ([run.router(MOE).parent] if router == "fitted" else [])
+    return _timed([sys.executable, "-c", _UPCYCLE, str(run.root), router, *jobs], inputs, output, _size(output))
 
 
 def _size(directory: Path) -> int:
@@ -188,7 +195,7 @@ def _same_bytes(run: RunDir, case: str) -> dict[str, Any]:
 
 def _run(folder: Path, specs: Mapping[str, TensorSpec]) -> RunDir:
     """Write a run of a seed LM and experts, which have the seed LM's bits in all but their MLPs."""
-    run = RunDir(folder / "run")
+    run = _prepared(folder)
     make_model(run.model(SEED), specs, seed=0)
     _write_card(run, SEED)
     with SafetensorsModel(run.model(SEED)) as seed:
@@ -206,7 +213,26 @@ def _run(folder: Path, specs: Mapping[str, TensorSpec]) -> RunDir:
             shutil.copy(run.model(SEED) / "config.json", run.model(name))
     for name in (SEED, *NAMES):
         hash_and_keep(run.model(name))
-    RunConfig.model_validate({"domains": {name: {"text": f"{name}.jsonl"} for name in NAMES}}).save(run.config)
+    return run
+
+
+def _prepared(folder: Path) -> RunDir:
+    """Prepare a little text of each domain, which the fitted router's sums are computed of, but not timed."""
+    for name in NAMES:
+        draw = random.Random(name)
+        lines = [json.dumps({"text": " ".join(draw.choices(_WORDS, k=50))}) + "\n" for _ in range(200)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    values = {
+        "domains": {name: {"text": str(folder / f"{name}.jsonl")} for name in NAMES},
+        "tokenizer": {"vocab_size": 300},
+        "data": {"dev": 0.1, "test": 0.1, "workers": 1},
+        "budget": {"tokens": 1 << 16, "sequence_length": 64, "batch_tokens": 1024},
+        "evaluate": {"tokens_per_domain": 256, "dev_blocks": 4},
+    }
+    dump_yaml(values, folder / "run.yaml")
+    run = RunDir(folder / "run")
+    command = [sys.executable, "-m", "btm_scale.cli", "prepare", folder / "run.yaml", "--out", run.root]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return run
 
 
@@ -220,6 +246,6 @@ def _write_card(run: RunDir, name: str, trains: Literal["all", "mlp"] = "all") -
         steps=1,
         layout={},
         data_fingerprint={},
-        content_hash=f"{name} {trains}",
+        content_hash=name,
         trains=trains,
     ).save(run.model(name) / CARD)
