@@ -34,7 +34,7 @@ from btm_scale.run_dir import MOE, SEED, RunDir
 _UPCYCLE = """
 import sys
 from pathlib import Path
-from btm_scale.config.yaml import dump_yaml
+from btm_scale.config.run import RunConfig
 from btm_scale.run.mixture_recipe import Recipe
 from btm_scale.run.upcycle import make_mixture
 from btm_scale.run_dir import MOE, RunDir
@@ -224,7 +224,7 @@ def _prepared(folder: Path) -> RunDir:
         (folder / f"{name}.jsonl").write_text("".join(lines))
     values = {
         "domains": {name: {"text": str(folder / f"{name}.jsonl")} for name in NAMES},
-        "tokenizer": {"vocab_size": 300},
+        "tokenizer": {"vocab_size": 320},
         "data": {"dev": 0.1, "test": 0.1, "workers": 1},
         "budget": {"tokens": 1 << 16, "sequence_length": 64, "batch_tokens": 1024},
         "evaluate": {"tokens_per_domain": 256, "dev_blocks": 4},
