@@ -60,8 +60,7 @@ class TokenSequences:
 
     def __getitem__(self, number: int) -> np.ndarray[Any, Any]:
         """Return the tokens of a sequence, [tokens] in the dtype of the file."""
-        begin, length = int(self._begins[number]), int(self.lengths[number])
-        return self._bytes[begin : begin + length * self._dtype.itemsize].view(self._dtype)
+        return np.frombuffer(self._bytes, self._dtype, int(self.lengths[number]), int(self._begins[number]))
 
     @cached_property
     def _bytes(self) -> np.ndarray[Any, Any]:

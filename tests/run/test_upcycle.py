@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,27 @@ def test_leaving_an_expert_out_and_adding_it_again_gives_the_same_bytes_and_read
     upcycle(*run, Recipe(router="fitted"))
     assert files_of(folder) == without, "a mixture without an expert is that of a forest without it"
     assert len(read) == 4
+
+
+MAKE_MIXTURE = """
+import sys
+from pathlib import Path
+from btm_scale.config.run import RunConfig
+from btm_scale.run.mixture_recipe import Recipe
+from btm_scale.run.upcycle import make_mixture
+from btm_scale.run_dir import MOE, RunDir
+run = RunDir(Path(sys.argv[1]))
+made = make_mixture(RunConfig.load(run.config), run, Recipe(without=("cpp",), router="fitted"), run.model(MOE))
+assert not made.is_complete
+print([name for name in ("torch", "megatron", "transformers") if name in sys.modules])
+"""
+
+
+def test_a_router_of_kept_sums_is_made_without_what_reads_text(run: Run) -> None:
+    upcycle(*run, Recipe(router="fitted"))
+    command = [sys.executable, "-c", MAKE_MIXTURE, str(run[1].root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "[]\n"
 
 
 def test_an_expert_with_other_weights_is_read_again_and_no_other_is(run: Run, read: list[str]) -> None:
