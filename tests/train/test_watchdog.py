@@ -78,10 +78,10 @@ for _ in range(8):
 def short():
     yield
 def train():
+    print("trains", flush=True)
     while True:
         with short():
             pass
-print("trains", flush=True)
 train()
 """
 
