@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer()
 _SECTION = "Experts"
-# As forest/router.py has them, which imports torch.
+# As forest/routers.py has them, which imports NumPy.
 ROUTERS = ("fitted", "fitted-routed", "embedding", "hidden", "random")
 forest = typer.Typer(
     help="List, add, remove and trace the experts of a run.", no_args_is_help=True, rich_markup_mode=None

@@ -52,8 +52,7 @@ class TokenSequences:
             _, dtype, sequences, _ = _HEADER.unpack(file.read(len(_MAGIC) + _HEADER.size)[len(_MAGIC) :])
             self.lengths: np.ndarray[Any, Any] = np.frombuffer(file.read(sequences * _LENGTH), "<i4").astype(np.int64)
             """Tokens by sequence, int64 [sequences]."""
-            self._begins = np.frombuffer(file.read(sequences * _POINTER), "<i8")
-        self._path, self._dtype = prefix.with_suffix(".bin"), np.dtype(_DTYPES[dtype])
+        self._prefix, self._dtype = prefix, np.dtype(_DTYPES[dtype])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -63,5 +62,10 @@ class TokenSequences:
         return np.frombuffer(self._bytes, self._dtype, int(self.lengths[number]), int(self._begins[number]))
 
     @cached_property
+    def _begins(self) -> np.ndarray[Any, Any]:
+        start = len(_MAGIC) + _HEADER.size + len(self) * _LENGTH
+        return np.fromfile(self._prefix.with_suffix(".idx"), "<i8", len(self), offset=start)
+
+    @cached_property
     def _bytes(self) -> np.ndarray[Any, Any]:
-        return np.memmap(self._path, np.uint8, "r")
+        return np.memmap(self._prefix.with_suffix(".bin"), np.uint8, "r")

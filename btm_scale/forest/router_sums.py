@@ -7,6 +7,7 @@ again reads no text, and gives the bits that a forest without it would give. Kep
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from btm_scale.forest.routers import texts_of_expert
 from btm_scale.forest.scores import with_sorted_header
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory, write_file
+
+logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 17  # elements; they stay in a core's cache
 
@@ -69,6 +72,7 @@ def router_sums(config: RunConfig, run: RunDir, name: str, *, device: str = "cpu
     }
     path = run.router(name)
     if _metadata(path) != of:
+        logger.info("reading the hidden states of %s on its domains' dev text", name)
         arrays = _compute(run, name, texts, device)
         make_directory(path.parent)
         write_file(path, with_sorted_header(save(arrays, of)))

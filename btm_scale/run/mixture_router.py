@@ -28,11 +28,7 @@ def write_router(
 
     `kind` is as for `gates`.
     """
-    sums = []
-    for name in names:
-        logger.info("reading the hidden states of %s on its domains' dev text", name)
-        sums.append(router_sums(config, run, name, device=device))
-    return _write(run, gates(kind, shape, sums))
+    return _write(run, gates(kind, shape, [router_sums(config, run, name, device=device) for name in names]))
 
 
 def write_routed_router(

@@ -177,10 +177,10 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _signal_main_thread(pid: int, number: signal.Signals) -> None:
-    """Send a signal that the process's main thread handles, as soon as it runs.
+    """Send a signal that the process's main thread handles before it runs any other code.
 
-    One sent to the process may be handled by another thread, and the stack of a main thread that goes on meanwhile is
-    dumped in part.
+    Any thread may handle a signal to the process, and would dump the stack of a main thread that runs meanwhile: the
+    frames change while they are read, and some are missed.
     """
     try:
         ctypes.CDLL(None).tgkill(pid, pid, number)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-_BLOCK = 64  # rows and columns; products of larger blocks are no faster, and their factors are
+_BLOCK = 64  # rows and columns; larger blocks spend more time on their inverses than they save in products
 
 
 def solve_positive_definite(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return the solution [n, k] of `matrix` [n, n] times it = `right` [n, k], in float64.
+    """Solve `matrix` @ x = `right` for x; shapes [n, n], [n, k] and [n, k], in float64.
 
-    `matrix` is overwritten. Raises `numpy.linalg.LinAlgError` if it is not positive definite.
+    Uses a Cholesky decomposition in blocks, which overwrites `matrix`. Raises `numpy.linalg.LinAlgError` if that is not
+    positive definite.
     """
     blocks = [slice(start, min(start + _BLOCK, len(matrix))) for start in range(0, len(matrix), _BLOCK)]
     inverses = []

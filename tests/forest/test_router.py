@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from btm_scale.forest import router
 from btm_scale.forest.router import fitted
 
 
@@ -22,3 +29,19 @@ def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> 
     at_mean = torch.distributions.MultivariateNormal(means, covariance).log_prob(mean)
     difference = (rows @ mean) - at_mean
     torch.testing.assert_close(difference - difference.mean(), torch.zeros(3, dtype=torch.float64), atol=0.05, rtol=0)
+
+
+def test_layers_are_fitted_with_one_blas_thread_each_whatever_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def gate(kind: str, layer: int, experts: object) -> np.ndarray:
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return np.full((2, 8), layer + 0.5)
+
+    monkeypatch.setattr(router, "_gate", gate)
+    monkeypatch.setattr(router, "gate_names", lambda shape: ["first", "second", "third"])
+    shape: Any = SimpleNamespace(hidden=8)
+    with threadpool_limits(4, user_api="blas"):
+        gates = router.gates("fitted", shape, [])
+    assert {name: rows[0, 0] for name, rows in gates.items()} == {"first": 0.5, "second": 1.5, "third": 2.5}
+    assert set(threads) == {1}

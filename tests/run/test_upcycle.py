@@ -91,8 +91,9 @@ def test_the_model_is_recorded_like_any_other_of_the_run(run: Run) -> None:
 
 
 def test_leaving_an_expert_out_and_adding_it_again_gives_the_same_bytes_and_reads_no_text(
-    run: Run, read: list[str]
+    run: Run, read: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     folder = run[1].model(MOE)
     upcycle(*run, Recipe(router="fitted"))
     complete = files_of(folder)
@@ -106,6 +107,7 @@ def test_leaving_an_expert_out_and_adding_it_again_gives_the_same_bytes_and_read
     upcycle(*run, Recipe(router="fitted"))
     assert files_of(folder) == without, "a mixture without an expert is that of a forest without it"
     assert len(read) == 4
+    assert caplog.text.count("reading the hidden states") == 4
 
 
 MAKE_MIXTURE = """

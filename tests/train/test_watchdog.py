@@ -87,7 +87,7 @@ train()
 
 
 def test_the_stack_of_a_rank_that_is_resumed_is_dumped_whole(tmp_path: Path) -> None:
-    """Each time, though the main thread goes on at once and another thread could handle the signal."""
+    """Also where the main thread runs again at once, and another thread could handle the signal."""
     stacks = tmp_path / "stacks"
     with stacks.open("w") as file:
         rank = subprocess.Popen([sys.executable, "-c", MANY_THREADS], stdout=subprocess.PIPE, stderr=file)

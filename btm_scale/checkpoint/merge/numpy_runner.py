@@ -178,18 +178,18 @@ class Arrays:
         """Return finite float64 numbers rounded to a dtype as torch does it: to float32, and from there to 16 bits."""
         if code == "F64":
             return values
-        single = self._cast("single", values, "<f4")
+        single = self._cast("float32", values, "<f4")
         if code == "F32":
             return single
         if code == "F16":
-            return self._cast("half", single, "<f2")
+            return self._cast("float16", single, "<f2")
         bits = single.view("<u4")
         added = np.right_shift(bits, np.uint32(16), out=self.array("bits", bits.size, "<u4"))
         added &= np.uint32(1)
         added += np.uint32(0x7FFF)
         bits += added
         bits >>= np.uint32(16)
-        return self._cast("brain", bits, "<u2")
+        return self._cast("bfloat16", bits, "<u2")
 
     def _cast(self, purpose: str, values: np.ndarray, dtype: str) -> np.ndarray:
         out = self.array(purpose, values.size, dtype)
