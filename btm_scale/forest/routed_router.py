@@ -29,8 +29,8 @@ def fitted_routed(
     """Return the gate of every layer under its Hugging Face name: float32 [experts, hidden].
 
     `directory` is the mixture with any router; `texts` are those of each expert's domains, in the order of the experts.
-    Unlike those of `fitted`, the sums that a row is made of depend on all experts. Raises ForestError if hidden states
-    are not numbers, although the weights are.
+    Unlike those of `fitted`, the sums that a row is made of depend on all experts. Raises ForestError as `fitted` does,
+    and if hidden states are not numbers, although the weights are.
     """
     model = load_causal_lm(directory).to(device).eval()
     gates = {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from btm_scale.errors import ForestError
 from btm_scale.forest.router_sums import RouterSums
 from btm_scale.model.hf_names import table
 from btm_scale.model.shape import ModelShape
@@ -16,6 +17,10 @@ from btm_scale.util.pools import CORES, in_threads
 _RIDGE = 1e-3  # of the covariance's mean diagonal, so that few tokens suffice
 _MOST_BYTES = 384 << 20  # of the layers that are fitted at once, each with a matrix of float64 [hidden, hidden]
 _ROWS = 64  # of a product that stays in a core's cache
+_NOTHING_TO_FIT = (
+    "The inputs of an MLP are zero, or always the same, for all text that a router is fitted to. Check how the experts "
+    "were trained, or draw the router: --router random"
+)
 
 
 def fitted(means: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -27,12 +32,19 @@ def fitted(means: np.ndarray, second: np.ndarray) -> np.ndarray:
     Expert j's logit is log p(x | domain j), up to what all have in common, for Gaussians with one covariance S: with
     the means m_j and their mean m, (x - (m_j + m) / 2) S^-1 (m_j - m). A gate has no bias, so the constant is added
     through the direction whose product with m is 1 and which varies the least otherwise: S^-1 m, scaled.
+
+    Raises ForestError if the inputs have no covariance or no mean, as those of a layer whose norm has weights of zero.
     """
     mean, within, weighted = means.mean(axis=0), second, means.T / len(means)
     for start in range(0, len(within), _ROWS):
         within[start : start + _ROWS] -= weighted[start : start + _ROWS] @ means
     within[np.diag_indices(len(mean))] += _RIDGE * within.diagonal().mean()
-    *rows, direction = solve_positive_definite(within, np.stack([*(means - mean), mean], axis=1)).T
+    try:
+        *rows, direction = solve_positive_definite(within, np.stack([*(means - mean), mean], axis=1)).T
+    except np.linalg.LinAlgError:
+        raise ForestError(_NOTHING_TO_FIT) from None
+    if not direction @ mean > 0:
+        raise ForestError(_NOTHING_TO_FIT)
     constants = -0.5 * ((means + mean) * rows).sum(axis=1)
     return np.stack(rows) + constants[:, None] * (direction / (direction @ mean))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from btm_scale.errors import ForestError
 from btm_scale.forest import router
 from btm_scale.forest.router import fitted
 
@@ -29,6 +30,12 @@ def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> 
     at_mean = torch.distributions.MultivariateNormal(means, covariance).log_prob(mean)
     difference = (rows @ mean) - at_mean
     torch.testing.assert_close(difference - difference.mean(), torch.zeros(3, dtype=torch.float64), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("second", [np.zeros((4, 4)), np.eye(4), np.full((4, 4), np.nan)])
+def test_inputs_that_are_zero_on_average_or_always_are_refused(second: np.ndarray) -> None:
+    with pytest.raises(ForestError, match="inputs of an MLP are zero.*--router random"):
+        fitted(np.zeros((2, 4)), second)
 
 
 def test_layers_are_fitted_with_one_blas_thread_each_whatever_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:

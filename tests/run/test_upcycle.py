@@ -297,6 +297,21 @@ def test_an_expert_whose_weights_are_not_numbers_is_named(recipe: Recipe, tensor
     assert [path.name for path in run[1].root.glob(".*moe*")] == []
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_experts_whose_mlps_get_zeros_have_no_fitted_router(router: str, run: Run) -> None:
+    for name in DOMAINS:
+        weights = load_file(run[1].model(name) / WEIGHTS)
+        weights["model.layers.0.post_attention_layernorm.weight"].zero_()
+        change(run[1].model(name), weights)
+    if not router.startswith("fitted"):
+        assert not upcycle(*run, Recipe(router=router)).is_complete
+        return
+    with pytest.raises(ForestError, match="inputs of an MLP are zero.*--router random"):
+        upcycle(*run, Recipe(router=router))
+    assert not run[1].model(MOE).exists()
+    assert [path.name for path in run[1].root.glob(".*moe*")] == []
+
+
 def test_the_results_say_how_large_the_model_is_and_whether_the_forest_has_changed_since(run: Run) -> None:
     def note() -> str:
         return mixture_note(run[1], read_expert(run[1].model(MOE)))
