@@ -34,7 +34,7 @@ def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> 
 
 @pytest.mark.parametrize("second", [np.zeros((4, 4)), np.eye(4), np.full((4, 4), np.nan)])
 def test_inputs_that_are_zero_on_average_or_always_are_refused(second: np.ndarray) -> None:
-    with pytest.raises(ForestError, match="inputs of an MLP are zero.*--router random"):
+    with pytest.raises(ForestError, match=r"inputs of an MLP are zero.*--router random"):
         fitted(np.zeros((2, 4)), second)
 
 

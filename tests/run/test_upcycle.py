@@ -306,7 +306,7 @@ def test_experts_whose_mlps_get_zeros_have_no_fitted_router(router: str, run: Ru
     if not router.startswith("fitted"):
         assert not upcycle(*run, Recipe(router=router)).is_complete
         return
-    with pytest.raises(ForestError, match="inputs of an MLP are zero.*--router random"):
+    with pytest.raises(ForestError, match=r"inputs of an MLP are zero.*--router random"):
         upcycle(*run, Recipe(router=router))
     assert not run[1].model(MOE).exists()
     assert [path.name for path in run[1].root.glob(".*moe*")] == []
