@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 from doc_tables import _read, _table
+from environment import environments_of, measured_on
 
 from btm_scale.config.moe import MoeConfig
 
@@ -49,7 +50,7 @@ def routers() -> str:
     for place in range(len(names)):
         others = [means[router][place] for router in ("embedding", "hidden", "random")]
         rows[-1].append(_text(_ratio(min(filter(None, others), default=None), means["fitted"][place])))
-    return f"{_table(rows)}\n\n{_source()}"
+    return f"{_table(rows)}\n\n{_source('router-')}"
 
 
 def recipes() -> str:
@@ -68,7 +69,7 @@ def recipes() -> str:
     for router, recipe in (("fitted", "mlps"), ("fitted-routed", "mlps-routed")):
         kept = [_text(_gain_kept(units, name, recipe), ".2f") for name in names]
         rows.append([f"**MLPs alone: gain over the seed LM that `moe` keeps, router `{router}`**", *kept])
-    return f"{_table(rows)}\n\nThe gain is in nats per token, as a fraction of that of the own experts. {_source()}"
+    return f"{_table(rows)}\n\nThe gain is in nats per token, as a fraction of that of the own experts. {_source('')}"
 
 
 def upcycling() -> str:
@@ -84,7 +85,7 @@ def upcycling() -> str:
     hashed = unit["hashed_copy_seconds"]
     label = f"a copy that is hashed, by {unit['environment']['hardware']['cores']} processes"
     rows.append([label, f"{written:.2f} GB", f"{hashed:.1f} s", f"{hashed / unit['copy_seconds']:.2f}", "-"])
-    return f"{_table(rows)}\n\n{_machine(unit['environment'])}"
+    return f"{_table(rows)}\n\n{measured_on([unit['environment']])}."
 
 
 TABLES: dict[str, Callable[[], str]] = {"moe_routers": routers, "moe_recipes": recipes, "moe_upcycling": upcycling}
@@ -142,10 +143,9 @@ def _text(value: float | None, form: str = ".3f") -> str:
     return _NOT_MEASURED if value is None else format(value, form)
 
 
-def _source() -> str:
-    return _machine(_document()["environment"])
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    hardware = environment["hardware"]
-    return f"{hardware['cpu']}, {hardware['cores']} cores, {environment['date'][:10]}."
+def _source(recipe: str) -> str:
+    """Return where and when the units of forests were measured whose recipe begins so."""
+    document = _document()
+    units = {name: unit for name, unit in document["units"].items() if name.partition("/")[2].startswith(recipe)}
+    units.pop("upcycle", None)
+    return f"{measured_on(environments_of({**document, 'units': units}))}."

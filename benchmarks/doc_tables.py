@@ -18,6 +18,7 @@ from doc_counts import (
     utilization_rows,
 )
 from doc_kernels import grid_rows, host_rows, resource_rows
+from environment import environments_of, measured_on
 
 from btm_scale.evaluate.results import Results
 from btm_scale.report.equivalence import dense_equivalent
@@ -343,9 +344,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _source(name: str) -> str:
-    environment = _read(name)["environment"]
-    hardware = environment["hardware"]
-    return f"{hardware['cpu']}, {hardware['cores']} cores, {environment['date'][:10]}"
+    return measured_on(environments_of(_read(name)))
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ PACKAGES = (
     "cut-cross-entropy",
     "liger-kernel",
 )
+
+
+Environment = Mapping[str, Any]
+
+
+def environments_of(document: Mapping[str, Any]) -> list[Environment]:
+    """Return those in which the units of a result were measured, or that of a result without units."""
+    units = document.get("units", {}).values()
+    return [unit["environment"] for unit in units if "environment" in unit] or [document["environment"]]
+
+
+def measured_on(environments: Sequence[Environment]) -> str:
+    """Return the hardware and the first and last date of some measurements."""
+    machines = [f"{one['hardware']['cpu']}, {one['hardware']['cores']} cores" for one in environments]
+    days = sorted(one["date"][:10] for one in environments)
+    return f"{' and '.join(dict.fromkeys(machines))}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
 def describe() -> dict[str, Any]:

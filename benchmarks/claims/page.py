@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environment import environments_of, measured_on
 
 from claims import earlier, trained
 from claims.claim import HOLDS, IN_PART, NOT_HERE, NOT_MEASURED, UNDECIDED, Claim, Evidence, Figure, Judged, judged
@@ -120,18 +121,8 @@ def _sources(names: Sequence[str], evidence: Evidence) -> Iterator[str]:
         document = evidence.document(name)
         units = document.get("units", {})
         took = f"; {len(units)} units, {_minutes(document):.0f} minutes" if units else ""
-        environments = [unit["environment"] for unit in units.values() if "environment" in unit]
-        yield (
-            f"- [`{name}.json`](../benchmarks/results/{name}.json): "
-            f"{_measured_on(environments or [document['environment']])}{took}"
-        )
-
-
-def _measured_on(environments: Sequence[Mapping[str, Any]]) -> str:
-    """Return the hardware and the first and last date of some measurements."""
-    machines = [f"{one['hardware']['cpu']}, {one['hardware']['cores']} cores" for one in environments]
-    days = sorted(one["date"][:10] for one in environments)
-    return f"{' and '.join(dict.fromkeys(machines))}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+        where = measured_on(environments_of(document))
+        yield f"- [`{name}.json`](../benchmarks/results/{name}.json): {where}{took}"
 
 
 def _minutes(document: Mapping[str, Any]) -> float:

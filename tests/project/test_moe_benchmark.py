@@ -80,6 +80,19 @@ def test_upcycling_has_a_row_for_each_recipe(table, load):
     ]
 
 
+def test_a_table_says_when_its_own_units_were_measured(load, monkeypatch, tmp_path):
+    monkeypatch.setattr(load("doc_tables"), "RESULTS", tmp_path)
+    days = {"demo-1/router-fitted": "27", "demo-2/router-random": "28", "demo-1/forest": "26", "upcycle": "30"}
+    units = {
+        name: unit(moe=0.5, dense=0.5) | {"environment": ENVIRONMENT | {"date": f"2026-11-{day}T10:00:00+00:00"}}
+        for name, day in days.items()
+    }
+    (tmp_path / "moe.json").write_text(json.dumps({"units": units, "environment": ENVIRONMENT}))
+    tables = load("doc_moe").TABLES
+    assert tables["moe_routers"]().endswith(" cores, 2026-11-27 to 2026-11-28.")
+    assert tables["moe_recipes"]().endswith(" cores, 2026-11-26 to 2026-11-28.")
+
+
 def test_every_row_of_the_recipes_is_a_unit_of_the_benchmark(load, tmp_path):
     options = load("argparse").Namespace(smoke=False, out=tmp_path, corpora=None)
     units = set(load("moe").all_units(options))
