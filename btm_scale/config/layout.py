@@ -80,7 +80,10 @@ class Layout(Section):
         default=0.7, gt=0, description="learning rate of the outer steps"
     )
     outer_momentum: Annotated[float, Changes(unless=_outer_steps)] = Field(
-        default=0.9, ge=0, lt=1, description="Nesterov momentum of the outer steps"
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="Nesterov momentum of the outer steps; 0, with outer_lr 1, is better after few local steps",
     )
 
     @model_validator(mode="after")
