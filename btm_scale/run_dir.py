@@ -167,7 +167,7 @@ class RunDir:
         return self.train(MOE) / "upcycled"
 
     def router(self, model: str) -> Path:
-        """The sums that routers are fitted to, of an expert; of `moe`, its router."""
+        """The sums that routers are fitted to, of an expert; of `moe`, its router if that is fitted to the mixture."""
         return self.root / "router" / f"{model}.safetensors"
 
     def model_scores(self, model: str) -> Path:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Sequence
+from threading import Lock
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from btm_scale.checkpoint.merge.moe import ComputedRouter
 from btm_scale.errors import ForestError
 from btm_scale.forest.router_sums import RouterSums
 from btm_scale.model.hf_names import table
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.cholesky import solve_positive_definite
-from btm_scale.util.pools import CORES, in_threads
+from btm_scale.util.pools import CORES
 
 _RIDGE = 1e-3  # of the covariance's mean diagonal, so that few tokens suffice
-_MOST_BYTES = 384 << 20  # of the layers that are fitted at once, each with a matrix of float64 [hidden, hidden]
 _ROWS = 64  # of a product that stays in a core's cache
+_MOST_BYTES = 384 << 20  # of the processes that fit layers, each with a matrix of float64 [hidden, hidden]
+_FITTED_BYTES = 1 / 110  # of copies that take as long as to fit a layer, times hidden^3
+_one_gate = Lock()  # at a time in a process: each takes a matrix [hidden, hidden], and the number of BLAS's threads
 _NOTHING_TO_FIT = (
     "The inputs of an MLP are zero, or always the same, for all text that a router is fitted to. Check how the experts "
     "were trained, or draw the router: --router random"
@@ -55,16 +62,17 @@ def hidden(means: np.ndarray) -> np.ndarray:
     return centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
 
 
-def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[str, np.ndarray]:
-    """Return the gate of every layer of a mixture under its Hugging Face name: float32 [experts, hidden].
+def computed(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> ComputedRouter:
+    """Return a router of a mixture, with gates of float32 [experts, hidden].
 
     `kind` is one of ROUTERS but `random`, which needs no sums, and `fitted-routed`, which needs the mixture.
     """
-    at_once = _MOST_BYTES // (8 * shape.hidden**2)
-    names = gate_names(shape)
-    with one_blas_thread():
-        rows = in_threads(lambda layer: _gate(kind, layer, experts), range(len(names)), at_once=min(CORES, at_once))
-    return {name: row.astype("<f4") for name, row in zip(names, rows, strict=True)}
+    key = hashlib.sha256(json.dumps([kind, *(expert.of for expert in experts)]).encode()).hexdigest()
+    gate = functools.partial(_gate, kind, gate_names(shape), experts)
+    if kind != "fitted":
+        return ComputedRouter(key, gate, at_once=CORES)
+    at_once = max(1, _MOST_BYTES // (8 * shape.hidden**2))
+    return ComputedRouter(key, gate, at_once, int(_FITTED_BYTES * shape.hidden**3))
 
 
 def one_blas_thread() -> threadpool_limits:
@@ -72,7 +80,13 @@ def one_blas_thread() -> threadpool_limits:
     return threadpool_limits(1, user_api="blas")
 
 
-def _gate(kind: str, layer: int, experts: Sequence[RouterSums]) -> np.ndarray:
+def _gate(kind: str, names: Sequence[str], experts: Sequence[RouterSums], name: str) -> np.ndarray:
+    """Return the gate of this name; `names` are those of all layers."""
+    with _one_gate, one_blas_thread():
+        return _rows(kind, names.index(name), experts).astype("<f4")
+
+
+def _rows(kind: str, layer: int, experts: Sequence[RouterSums]) -> np.ndarray:
     if kind == "embedding":
         return np.stack([expert.embedding for expert in experts])
     means = np.stack([expert.mean(layer) for expert in experts])

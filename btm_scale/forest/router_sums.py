@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,10 @@ _PIECE = 1 << 17  # elements; they stay in a core's cache
 
 
 class RouterSums:
-    """The sums of one expert on disk, read layer by layer."""
+    """The sums of one expert on disk, read layer by layer. `of` is of what: the expert's weights, and the text."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, of: Mapping[str, str]) -> None:
+        self.path, self.of = path, of
 
     def mean(self, layer: int) -> np.ndarray:
         """Return the mean input of a layer's MLP: float64 [hidden]."""
@@ -76,7 +76,7 @@ def router_sums(config: RunConfig, run: RunDir, name: str, *, device: str = "cpu
         arrays = _compute(run, name, texts, device)
         make_directory(path.parent)
         write_file(path, with_sorted_header(save(arrays, of)))
-    return RouterSums(path)
+    return RouterSums(path, of)
 
 
 def _compute(run: RunDir, name: str, texts: Sequence[EvaluationText], device: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The router of a run's mixture, made by one of the routers of `ROUTERS` and written beside the run's sums."""
+"""The router of a run's mixture, by one of the routers of `ROUTERS` that are not drawn."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save
 
+from btm_scale.checkpoint.merge.moe import ComputedRouter
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.router import gates
+from btm_scale.forest.router import computed
 from btm_scale.forest.router_sums import router_sums
 from btm_scale.forest.routers import texts_of_expert
 from btm_scale.forest.scores import with_sorted_header
@@ -21,14 +21,14 @@ from btm_scale.util.files import make_directory, write_file
 logger = logging.getLogger(__name__)
 
 
-def write_router(
+def router_of_sums(
     config: RunConfig, run: RunDir, names: Sequence[str], shape: ModelShape, kind: str, device: str
-) -> Path:
-    """Write the gates that are made of each expert's own sums, unless the file has them; returns its path.
+) -> ComputedRouter:
+    """Return the router that is made of each expert's own sums, which are computed first if there are none.
 
-    `kind` is as for `gates`.
+    `kind` is as for `computed`.
     """
-    return _write(run, gates(kind, shape, [router_sums(config, run, name, device=device) for name in names]))
+    return computed(kind, shape, [router_sums(config, run, name, device=device) for name in names])
 
 
 def write_routed_router(
@@ -39,11 +39,7 @@ def write_routed_router(
 
     logger.info("fitting the router to the mixture, layer by layer")
     texts = [texts_of_expert(config, run, name) for name in names]
-    return _write(run, fitted_routed(unrouted, shape, texts, device))
-
-
-def _write(run: RunDir, tensors: dict[str, np.ndarray]) -> Path:
-    path, content = run.router(MOE), with_sorted_header(save(tensors))
+    path, content = run.router(MOE), with_sorted_header(save(fitted_routed(unrouted, shape, texts, device)))
     if not path.is_file() or path.read_bytes() != content:  # an interrupted merge resumes if the file is the same
         make_directory(path.parent)
         write_file(path, content)

@@ -11,7 +11,7 @@ from typing import Any
 
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.checkpoint.merge.moe import Ingredients
+from btm_scale.checkpoint.merge.moe import ComputedRouter, Ingredients
 from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, WorkerLost
@@ -157,7 +157,7 @@ def _make(
     names = [parent.name for parent in card.parents]
     directories = [run.model(name) for name in names]
 
-    def merged(output: Path, router: Path | None) -> str:
+    def merged(output: Path, router: Path | ComputedRouter | None) -> str:
         report = merge(
             output,
             [(directory, 1.0) for directory in directories],
@@ -172,7 +172,7 @@ def _make(
             raise ForestError(_not_numbers(run, names, recipe))
         return report.content_hash
 
-    router = None
+    router: Path | ComputedRouter | None = None
     if recipe.router != "random":
         from btm_scale.run import mixture_router  # imports torch, which takes as long as much of a merge
     if recipe.router == ROUTED:
@@ -184,7 +184,7 @@ def _make(
         finally:
             shutil.rmtree(unrouted, ignore_errors=True)
     elif recipe.router != "random":
-        router = mixture_router.write_router(config, run, names, shape, recipe.router, device)
+        router = mixture_router.router_of_sums(config, run, names, shape, recipe.router, device)
     new = new_path(final)
     shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
     logger.info("merging %s into one mixture of experts", ", ".join(names))

@@ -18,7 +18,7 @@ from btm_scale.checkpoint.formats.tensors import as_bytes, dtype_of
 from btm_scale.checkpoint.hashing import hash_and_keep
 from btm_scale.checkpoint.merge import numpy_runner, workers
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.checkpoint.merge.moe import Ingredients
+from btm_scale.checkpoint.merge.moe import ComputedRouter, Ingredients
 from btm_scale.checkpoint.merge.numpy_runner import _is_finite
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.planning import make_plan
@@ -29,16 +29,28 @@ SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"model_type": "llama", "max_positio
 
 # A merge of several processes that believes its models to be large, in a process that has not imported torch.
 LARGE = """
-import sys
+import os, sys
 from pathlib import Path
-from btm_scale.checkpoint.merge import numpy_runner
+from btm_scale.checkpoint.formats import safetensors_writer
+from btm_scale.checkpoint.merge import numpy_runner, workers
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
 from btm_scale.checkpoint.merge.plan import MergePlan
+from btm_scale.util.direct_io import BLOCK
 
 folder, shared, jobs = Path(sys.argv[1]), sys.argv[2] == "shared", int(sys.argv[3])
 numpy_runner.MOST_BYTES = 0
 MergePlan.is_large = property(lambda plan: True)
+direct = sys.argv[4] == "direct"
+workers.is_worthwhile = lambda nbytes: direct
+numpy_runner._WRITTEN_BYTES = 2 * BLOCK  # several pieces in a unit, and blocks that are not complete
+opened = safetensors_writer.open_direct
+
+def opened_anyway(path):  # where the file system has no direct I/O, what would be written directly is written anyhow
+    descriptor = opened(path)
+    return os.open(path, os.O_WRONLY) if descriptor is None else descriptor
+
+safetensors_writer.open_direct = opened_anyway
 
 class Refused:
     def find_spec(self, name, *_):
@@ -47,7 +59,7 @@ class Refused:
 if shared:  # none of the processes imports torch
     sys.meta_path.insert(0, Refused())
 inputs = [(folder / name, 1.0) for name in "abc"]
-report = merge(folder / f"{sys.argv[2]}-{jobs}", inputs, method="moe", jobs=jobs,
+report = merge(folder / f"{sys.argv[2]}-{jobs}-{sys.argv[4]}", inputs, method="moe", jobs=jobs,
                ingredients=Ingredients(tuple("abc"), shared=shared))
 print(report.content_hash)
 """
@@ -66,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def plan_of(folder: Path, *, shared: bool) -> MergePlan:
+def plan_of(folder: Path, *, shared: bool, router: ComputedRouter | None = None) -> MergePlan:
     return make_plan(
         [(folder / name, 1.0) for name in NAMES],
         method="moe",
@@ -75,7 +87,7 @@ def plan_of(folder: Path, *, shared: bool) -> MergePlan:
         dtype=None,
         max_shard_bytes=float("inf"),
         seed=0,
-        ingredients=Ingredients(NAMES, shared=shared),
+        ingredients=Ingredients(NAMES, router, shared=shared),
     )
 
 
@@ -114,6 +126,35 @@ def test_only_as_many_processes_import_torch_as_are_needed(
         given = shares.of(plan.units, size)
         found.append(sum(any(unit.name in added(plan) for unit in own) for own in given))
     assert found == expected
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_process_that_writes_directly_has_some_of_all_that_is_copied_and_computed(
+    folder: Path, size: int
+) -> None:
+    plan = plan_of(folder, shared=False)
+    assert len(added(plan)) >= size
+    given = Shares(plan, direct=True).of(plan.units, size)
+    assert sorted((unit for own in given for unit in own), key=plan.units.index) == plan.units
+
+    def unevenness(shares: Shares) -> float:
+        sums = [unit for unit in plan.units if unit.name in added(plan)]
+        load = [sum(shares.cost(unit) for unit in own if unit in sums) for own in shares.of(plan.units, size)]
+        return (max(load) - min(load)) / max(map(shares.cost, sums))
+
+    assert unevenness(Shares(plan, direct=True)) <= 1 < unevenness(Shares(plan))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_only_as_many_processes_compute_gates_as_memory_allows(folder: Path, at_once: int, direct: bool) -> None:
+    router = ComputedRouter("key", lambda name: np.zeros((3, 16)), at_once, bytes_of_gate=1 << 20)
+    plan = plan_of(folder, shared=True, router=router)
+    gates = [unit for unit in plan.units if plan.router_of(unit.name) is router]
+    assert len(gates) == 2
+    given = Shares(plan, direct=direct).of(plan.units, 3)
+    assert sum(bool({*own} & {*gates}) for own in given) == at_once
+    assert sorted((unit for own in given for unit in own), key=plan.units.index) == plan.units
 
 
 def test_what_an_interrupted_merge_left_is_shared_out_anew(folder: Path) -> None:
@@ -166,22 +207,23 @@ def test_a_unit_whose_hash_is_known_takes_a_third_of_the_time_to_copy(folder: Pa
     assert Shares(plan).cost(copied) == 3 * Shares(plan, hashed={copied}).cost(copied)
 
 
+@pytest.mark.parametrize("written", ["direct", "buffered"])
 @pytest.mark.parametrize("rest", ["shared", "averaged"])
 def test_a_large_mixture_has_the_same_bytes_from_one_process_and_from_several_that_begin_without_torch(
-    folder: Path, rest: str
+    folder: Path, rest: str, written: str
 ) -> None:
     inputs = [(folder / name, 1.0) for name in NAMES]
-    expected = merge(
-        folder / f"{rest}-by-torch", inputs, method="moe", ingredients=Ingredients(NAMES, shared=rest == "shared")
-    ).content_hash
+    by_torch = folder / f"{rest}-by-torch-{written}"
+    ingredients = Ingredients(NAMES, shared=rest == "shared")
+    expected = merge(by_torch, inputs, method="moe", ingredients=ingredients).content_hash
     for jobs in ("1", "3"):
         done = subprocess.run(
-            [sys.executable, "-c", LARGE, str(folder), rest, jobs], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", LARGE, str(folder), rest, jobs, written], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == expected
-        ours, theirs = (folder / f"{rest}-{name}" / "model.safetensors" for name in (jobs, "by-torch"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        ours = folder / f"{rest}-{jobs}-{written}"
+        assert (ours / "model.safetensors").read_bytes() == (by_torch / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("code", ["BF16", "F16", "F32", "F64"])

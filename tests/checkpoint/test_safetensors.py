@@ -138,6 +138,18 @@ def test_too_little_disk_space_raises_before_the_first_byte(tmp_path: Path) -> N
     require_space(tmp_path / "not" / "yet", 1)
 
 
+@pytest.mark.parametrize("count", [1, 40, 90])
+def test_tensors_begin_at_the_border_of_a_block(tmp_path: Path, count: int) -> None:
+    tensors = {f"tensor{i}": torch.full((i,), float(i)) for i in range(count)}
+    with ShardedWriter(tmp_path, {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
+    read = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {k: v.tolist() for k, v in tensors.items()}
+
+
 def edit_header(file: Path, **changes: object) -> None:
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")

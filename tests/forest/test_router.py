@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from btm_scale.errors import ForestError
 from btm_scale.forest import router
 from btm_scale.forest.router import fitted
+from btm_scale.forest.router_sums import RouterSums
 
 
 def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> None:
@@ -41,14 +43,33 @@ def test_inputs_that_are_zero_on_average_or_always_are_refused(second: np.ndarra
 def test_layers_are_fitted_with_one_blas_thread_each_whatever_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
 
-    def gate(kind: str, layer: int, experts: object) -> np.ndarray:
+    def rows(kind: str, layer: int, experts: object) -> np.ndarray:
         threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
         return np.full((2, 8), layer + 0.5)
 
-    monkeypatch.setattr(router, "_gate", gate)
+    monkeypatch.setattr(router, "_rows", rows)
     monkeypatch.setattr(router, "gate_names", lambda shape: ["first", "second", "third"])
     shape: Any = SimpleNamespace(hidden=8)
     with threadpool_limits(4, user_api="blas"):
-        gates = router.gates("fitted", shape, [])
-    assert {name: rows[0, 0] for name, rows in gates.items()} == {"first": 0.5, "second": 1.5, "third": 2.5}
+        gate = router.computed("fitted", shape, []).gate
+        assert [gate(name)[0, 0] for name in ("third", "first", "second")] == [2.5, 0.5, 1.5]
     assert set(threads) == {1}
+
+
+def test_few_processes_fit_layers_at_once_if_their_matrices_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "gate_names", lambda shape: ["first"])
+    small, large = (router.computed("fitted", cast(Any, SimpleNamespace(hidden=h)), []) for h in (64, 8192))
+    assert large.at_once == 1 < small.at_once
+    assert large.bytes_of_gate > small.bytes_of_gate > 0
+
+
+def test_the_key_of_a_router_changes_with_its_kind_and_with_what_the_sums_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "gate_names", lambda shape: ["first"])
+    shape: Any = SimpleNamespace(hidden=8)
+    sums = [RouterSums(tmp_path / "same.safetensors", {"weights": weights, "text": "t"}) for weights in "ab"]
+    keys = [router.computed(kind, shape, experts).key for kind in ("fitted", "hidden") for experts in (sums, sums[:1])]
+    assert len({*keys, router.computed("fitted", shape, sums[::-1]).key}) == 5
+    again = [RouterSums(tmp_path / "other.safetensors", dict(one.of)) for one in sums]
+    assert router.computed("fitted", shape, again).key == keys[0]

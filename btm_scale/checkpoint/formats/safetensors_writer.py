@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from btm_scale.checkpoint.formats.tensors import TensorSpec, as_bytes
+from btm_scale.util.direct_io import BLOCK, open_direct, write_at, write_directly
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, partial_path, require_space
 from btm_scale.util.imports import torch
@@ -26,7 +27,8 @@ class ShardedWriter:
     Shards have temporary names until `close`, which checks that they are complete, renames them and writes the index
     last; publishing the directory fsyncs them. An exception in a `with` block, or `abort`, removes them.
     `attach=True` opens shards that another process or an earlier attempt created with the same arguments, so that
-    several processes can write; the process that created them calls `close`.
+    several processes can write; the process that created them calls `close`. With `direct` bytes go to the disk without
+    taking memory of the page cache, where the file system and the place of the bytes in memory allow it: see `skew`.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ShardedWriter:
         max_shard_bytes: float = 5e9,
         metadata: Mapping[str, str] | None = None,
         attach: bool = False,
+        direct: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.specs = dict(specs)
@@ -44,6 +47,7 @@ class ShardedWriter:
         self._marking = Lock()  # writes are thread-safe
         self._where: dict[str, tuple[int, int]] = {}
         self._shards: list[tuple[str, int]] = []
+        self._direct: dict[int, int] = {}  # descriptors by the number of the shard
         groups = _shard_groups(self.specs, max_shard_bytes)
         headers = [_header({name: self.specs[name] for name in group}, metadata) for group in groups]
         self._headers = headers
@@ -61,10 +65,16 @@ class ShardedWriter:
             flags = os.O_RDWR | os.O_NOFOLLOW | (0 if attach else os.O_CREAT | os.O_TRUNC)
             descriptor = os.open(partial_path(self.directory / name), flags, 0o666)
             self._shards.append((name, descriptor))
+            if direct and (opened := open_direct(partial_path(self.directory / name))) is not None:
+                self._direct[i] = opened
+                # Pages that a resumed merge has read may span several blocks, of which some are written directly.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             if not attach:
                 with writing(self.directory / name):
                     os.ftruncate(descriptor, position)
-                    _pwrite(descriptor, memoryview(header), 0)
+                    if i in self._direct:
+                        os.posix_fallocate(descriptor, 0, position)  # direct writes into holes wait for each other
+                    write_at(descriptor, memoryview(header), 0)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a complete tensor. Raises `ValueError` if its dtype or shape differs from its spec."""
@@ -88,8 +98,28 @@ class ShardedWriter:
         shard, offset = self._where[name]
         if stop > start:
             with writing(self.directory / self._shards[shard][0]):
-                _pwrite(self._shards[shard][1], data, offset + start * spec.itemsize)
+                self._put(shard, data, offset + start * spec.itemsize)
         self.mark_written(name, start, stop)
+
+    def skew(self, name: str, start: int) -> int:
+        """Return how many bytes after the border of a block an element is in its file; 0 if it is not written directly.
+
+        If its bytes are as far from such a border in memory, the complete blocks from there are written directly.
+        """
+        shard, offset = self._where[name]
+        return (offset + start * self.specs[name].itemsize) % BLOCK if shard in self._direct else 0
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether shards are written directly."""
+        return bool(self._direct)
+
+    def _put(self, shard: int, data: memoryview, offset: int) -> None:
+        buffered = self._shards[shard][1]
+        if shard in self._direct:
+            write_directly(self._direct[shard], buffered, data, offset)
+        else:
+            write_at(buffered, data, offset)
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes of elements [start, stop) as they are in the file, in pieces; fewer if the file is short."""
@@ -138,6 +168,8 @@ class ShardedWriter:
         """Close the files without publishing them."""
         while self._shards:
             os.close(self._shards.pop()[1])
+        while self._direct:
+            os.close(self._direct.popitem()[1])
 
     def close(self) -> None:
         """Publish the shards. Raises `RuntimeError`, and removes them, if any tensor is incomplete."""
@@ -188,7 +220,7 @@ def _shard_groups(specs: Mapping[str, TensorSpec], max_shard_bytes: float) -> li
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
-    """Return a file's header: its length, then JSON padded so that the data starts at a multiple of 8 bytes."""
+    """Return a file's header: its length, then JSON padded so that the data starts at the border of a block."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, spec in specs.items():
@@ -196,11 +228,5 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None)
         header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": span}
         position += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % BLOCK)
     return len(text).to_bytes(8, "little") + text
-
-
-def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count

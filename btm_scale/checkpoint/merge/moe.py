@@ -7,7 +7,7 @@ mixture is merged in the same stream and with the same memory as a mean.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,16 +35,30 @@ RANDOM_LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose stan
 
 
 @dataclass(frozen=True)
+class ComputedRouter:
+    """A router that is computed gate by gate while the models are merged; it can be sent to other processes.
+
+    `gate` returns the gate [experts, hidden] of this Hugging Face name. `key` changes with all that gates depend on. At
+    most `at_once` processes compute gates, for memory, and one takes them as long as to copy `bytes_of_gate`.
+    """
+
+    key: str
+    gate: Callable[[str], np.ndarray] = field(repr=False)
+    at_once: int = field(default=1, repr=False)
+    bytes_of_gate: int = field(default=0, repr=False)
+
+
+@dataclass(frozen=True)
 class Ingredients:
     """What a mixture needs besides the models: the experts' names, and its router.
 
-    `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: the models
-    differ only in their MLPs, so that everything else is copied from the first. `rest`: the model from which it is
-    copied instead. `shared_expert`: the model whose MLPs compute every token, beside the experts.
+    `router` is computed, or a safetensors file with the tensors of the output's gates; None draws them. `shared`: the
+    models differ only in their MLPs, so that everything else is copied from the first. `rest`: the model from which it
+    is copied instead. `shared_expert`: the model whose MLPs compute every token, beside the experts.
     """
 
     names: tuple[str, ...]
-    router: Path | None = None
+    router: Path | ComputedRouter | None = None
     shared: bool = False
     rest: Path | None = None
     shared_expert: Path | None = None
@@ -57,14 +71,15 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor of the mixture comes from: the input of this index, the mean of all, the router, or zeros.
+    """Where a tensor of the mixture comes from: the input of this index, the mean of all, a router, or zeros.
 
+    `router` is that of a file; `computed` and `random` routers have none.
     Indices after that of the last input are those of the other models of the ingredients. A tensor of an input is
     multiplied by `scale`.
     """
 
     tensor: str
-    source: int | Literal["mean", "router", "random", "zeros"]
+    source: int | Literal["mean", "router", "computed", "random", "zeros"]
     scale: float = 1.0
 
 
@@ -76,6 +91,7 @@ class Mixture:
     names: tuple[str, ...]
     origins: Mapping[str, Origin]
     special_tokens: Mapping[str, Any] = field(default_factory=dict)
+    router: ComputedRouter | None = None
 
     def of_sources(self, indices: Sequence[int]) -> Mixture:
         """Return the mixture with `indices[i]` in place of the index i of a model."""
@@ -118,7 +134,9 @@ def mixture_of(
     if problem:
         raise CheckpointError(problem)
     by_megatron = {entry.megatron: entry.huggingface for entry in table(dense)}
-    random = ingredients.router is None
+    router = ingredients.router
+    gates: Literal["random", "router", "computed"]
+    gates = "random" if router is None else "router" if isinstance(router, Path) else "computed"
     rest: int | Literal["mean"] = "mean"
     if ingredients.shared or ingredients.rest is not None:
         rest = 0 if ingredients.rest is None else len(paths)
@@ -135,11 +153,11 @@ def mixture_of(
             elif entry.megatron.endswith((".gate_weight", "_qkv.bias")) and entry.megatron not in by_megatron:
                 origins[name] = Origin(name, "zeros")
             elif entry.megatron.endswith(".router.weight"):
-                origins[name] = Origin(name, "random" if random else "router")
+                origins[name] = Origin(name, gates)
             else:
                 tied = name == "lm_head.weight" and name not in specs
                 origins[name] = Origin("model.embed_tokens.weight" if tied else name, rest)
-    read = {origin.tensor for origin in origins.values() if origin.source not in ("router", "random", "zeros")}
+    read = {origin.tensor for origin in origins.values() if origin.source == "mean" or isinstance(origin.source, int)}
     if odd := read ^ specs.keys():
         raise CheckpointError(
             f"{paths[0]} does not have the tensors of a {dense.family} model, but lacks {few_names(odd, 'tensors')} or "
@@ -151,12 +169,13 @@ def mixture_of(
         name: TensorSpec(specs[origin.tensor].code if origin.tensor in specs else floating, sizes[name])
         for name, origin in origins.items()
     }
-    if ingredients.router is not None:
-        _require_router(ingredients.router, result, origins)
+    if isinstance(router, Path):
+        _require_router(router, result, origins)
     special: dict[str, Any] = {
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
     }
-    return Mixture(shape, ingredients.names, origins, special), result
+    computed = router if isinstance(router, ComputedRouter) else None
+    return Mixture(shape, ingredients.names, origins, special, computed), result
 
 
 def drawn(limit: float, seed: int, name: str, start: int, stop: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from threading import Lock, local
+from contextlib import nullcontext
+from threading import BoundedSemaphore, Lock, local
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,16 @@ import numpy as np
 from btm_scale.checkpoint.formats.rounded import EXPONENTS
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
-from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner, kept_hash, parts_of
+from btm_scale.util.direct_io import aligned
 from btm_scale.util.one_thread import one_torch_thread
 
 MOST_BYTES = 32 << 20  # of all inputs; most larger merges are faster with torch, its import included
 MOST_SUMMED = 6 << 30  # bytes read for plain sums, for which NumPy is slower than torch by less than the import
+_WRITTEN_BYTES = 4 << 20  # at once, if they go to the disk directly: a disk is slower with less
 _NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not underflow
 _FLOATS = ("F64", *_NARROW)
 
@@ -76,50 +78,72 @@ class NumpyRunner:
     Units with NaN or infinities are left to torch, which counts them.
     """
 
-    def __init__(self, target: Target, chunk_bytes: int) -> None:
+    def __init__(self, target: Target, chunk_bytes: int, cores: int = 1) -> None:
         self.targets, self.chunk_bytes = [target], chunk_bytes
         self._target = target
         self._arrays = Arrays()
+        self._computing = BoundedSemaphore(cores)  # other threads wait for the disk
         self._by_torch = Lock()  # the number of torch's threads is the process's
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """Return the unit and its block hashes."""
         hashes, kept = BlockHashes(), kept_hash(self._target, unit)
-        itemsize = self._target.plan.specs[unit.name].itemsize
-        # Bytes that are not hashed need not stay in a core's cache, and larger chunks take fewer calls.
-        chunk_bytes = self.chunk_bytes if kept is None else 2 * self.chunk_bytes
-        for part in parts_of(unit, chunk_bytes // itemsize):
-            data = self._merged(part)
+        for piece in self._pieces(unit, kept is not None):
+            with nullcontext() if self._target.plan.copies(unit.name) else self._computing:
+                data = self._merged(piece, hashes if kept is None else None)
             if data is None:
                 with self._by_torch, one_torch_thread():
                     return UnitRunner(self._target, self.chunk_bytes)(unit)
-            self._target.writer.write_bytes(unit.name, part.start, data)
-            if kept is None:
-                hashes.update(data)
+            self._target.writer.write_bytes(unit.name, piece.start, data)
         return unit, [hashes.finished() if kept is None else [kept]]
 
-    def _merged(self, part: Unit) -> memoryview | None:
-        """Return the bytes of a part of the output; None if torch must compute it."""
+    def _pieces(self, unit: Unit, is_kept: bool) -> list[Unit]:
+        """Return the parts of a unit that are written at once."""
+        plan, writer = self._target.plan, self._target.writer
+        if not plan.how(unit.name).models:
+            return [unit]
+        size = plan.specs[unit.name].itemsize
+        if writer.is_direct:
+            return parts_of(unit, _WRITTEN_BYTES // size, writer.skew(unit.name, unit.start) // size)
+        # Bytes that are not hashed need not stay in a core's cache, and larger chunks take fewer calls.
+        return parts_of(unit, (2 if is_kept else 1) * self.chunk_bytes // size)
+
+    def _merged(self, piece: Unit, hashes: BlockHashes | None) -> memoryview | None:
+        """Return the bytes of a piece of the output, and hash them; None if torch must compute it."""
+        plan, writer = self._target.plan, self._target.writer
+        spec = plan.specs[piece.name]
+        out = self._arrays.bytes_at(writer.skew(piece.name, piece.start), (piece.stop - piece.start) * spec.itemsize)
+        whole = hashes is None or not plan.how(piece.name).models
+        for part in [piece] if whole else parts_of(piece, self.chunk_bytes // spec.itemsize):
+            first = (part.start - piece.start) * spec.itemsize
+            own = out[first : first + (part.stop - part.start) * spec.itemsize]
+            if not self._merge_into(own, part):
+                return None
+            if hashes is not None:
+                hashes.update(own.data)
+        return out.data
+
+    def _merge_into(self, out: np.ndarray, part: Unit) -> bool:
+        """Merge a part into its bytes [n], uint8. Returns whether NumPy can: all numbers are finite."""
         plan, models = self._target.plan, self._target.everyone
         how, spec = plan.how(part.name), plan.specs[part.name]
         with np.errstate(all="ignore"):
             if not how.models:
-                exact = drawn(how.weights[0], plan.seed, part.name, part.start, part.stop)
+                exact = plan.added(part)
             elif plan.copies(part.name):
                 model, name = models[how.models[0]], how.names[0]
                 code = model.spec(name).code
-                data = self._read(model, name, part)
                 if code == spec.code:
-                    return data if not spec.is_floating_point or _is_finite(data, code) else None
-                exact = self._arrays.widened("input", data, code)
+                    model.read_bytes_into(name, part.start, out.data)
+                    return not spec.is_floating_point or _is_finite(out.data, code)
+                exact = self._arrays.widened("input", self._read(model, name, part), code)
             else:
                 try:
                     exact = how.method.function(self._piece(part), **how.parameters)
                 except OverflowError:
-                    return None
-            rounded = self._arrays.narrowed(exact, spec.code)
-        data = rounded.data.cast("B")
-        return data if _is_finite(data, spec.code) else None  # infinities that rounding makes are counted too
+                    return False
+            self._arrays.narrow_into(out, exact, spec.code)
+        return _is_finite(out.data, spec.code)  # infinities that rounding makes are counted too
 
     def _piece(self, part: Unit) -> Piece:
         """Return a part of every model as a piece of arrays, which elementwise methods accept as well as tensors."""
@@ -163,6 +187,13 @@ class Arrays:
             arrays[purpose] = array = np.empty(elements, dtype)
         return array[:elements]
 
+    def bytes_at(self, skew: int, count: int) -> np.ndarray:
+        """Return this thread's uint8 array [count] for output, `skew` bytes after the border of a block in memory."""
+        output: np.ndarray | None = self._local.__dict__.get("output")
+        if output is None or output.size < skew + count:
+            self._local.output = output = aligned(skew + count)
+        return output[skew : skew + count]
+
     def widened(self, purpose: str, data: memoryview, code: str) -> np.ndarray:
         """Return floating-point numbers of a dtype as float64."""
         stored = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[code])
@@ -174,27 +205,27 @@ class Arrays:
         np.copyto(out, stored)
         return out
 
-    def narrowed(self, values: np.ndarray, code: str) -> np.ndarray:
-        """Return finite float64 numbers rounded to a dtype as torch does it: to float32, and from there to 16 bits."""
+    def narrow_into(self, out: np.ndarray, values: np.ndarray, code: str) -> None:
+        """Round finite float64 numbers into bytes as torch rounds them: to float32, and from there to 16 bits."""
+        values = values.reshape(-1)
         if code == "F64":
-            return values
-        single = self._cast("float32", values, "<f4")
+            out.view("<f8")[:] = values
+            return
         if code == "F32":
-            return single
+            np.copyto(out.view("<f4"), values, casting="same_kind")
+            return
+        single = self.array("float32", values.size, "<f4")
+        np.copyto(single, values, casting="same_kind")
         if code == "F16":
-            return self._cast("float16", single, "<f2")
+            np.copyto(out.view("<f2"), single, casting="same_kind")
+            return
         bits = single.view("<u4")
         added = np.right_shift(bits, np.uint32(16), out=self.array("bits", bits.size, "<u4"))
         added &= np.uint32(1)
         added += np.uint32(0x7FFF)
         bits += added
         bits >>= np.uint32(16)
-        return self._cast("bfloat16", bits, "<u2")
-
-    def _cast(self, purpose: str, values: np.ndarray, dtype: str) -> np.ndarray:
-        out = self.array(purpose, values.size, dtype)
-        np.copyto(out, values.reshape(-1), casting="same_kind")
-        return out
+        np.copyto(out.view("<u2"), bits, casting="same_kind")
 
 
 def _is_finite(data: memoryview, code: str) -> bool:

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.hashing import BLOCK_BYTES
 from btm_scale.checkpoint.merge import elementwise, fusion, sparse, spherical, whole_tensor  # noqa: F401 (they register their methods)
-from btm_scale.checkpoint.merge.moe import Mixture
+from btm_scale.checkpoint.merge.moe import ComputedRouter, Mixture, drawn
 from btm_scale.checkpoint.merge.registry import Method, PerModel, find_method
 from btm_scale.checkpoint.merge.views import Views
 from btm_scale.util.snapshot import Snapshot
@@ -45,7 +47,7 @@ class TensorMerge:
     """How one tensor is merged: which tensors of which models are read, by which method.
 
     `models` and the first entry of `base` are indices into the plan's `everyone`. No model: a tensor that a mixture
-    adds, uniform random numbers below the only weight in size.
+    adds, uniform random numbers below the only weight in size, or without a weight a gate of its computed router.
     """
 
     method_name: str
@@ -140,6 +142,17 @@ class MergePlan:
         weights = tuple(source.weight for source in self.sources)
         base = (count, name) if self.base else None
         return TensorMerge(self.method_name, self.parameters, tuple(range(count)), (name,) * count, weights, base)
+
+    def router_of(self, name: str) -> ComputedRouter | None:
+        """Return the router that computes a tensor, if it is a gate of one."""
+        is_gate = self.mixture is not None and self.mixture.origins[name].source == "computed"
+        return self.mixture.router if self.mixture is not None and is_gate else None
+
+    def added(self, part: Unit) -> np.ndarray:
+        """Return a part of a tensor that a mixture adds, float64."""
+        if (router := self.router_of(part.name)) is not None:
+            return router.gate(part.name).reshape(-1)[part.start : part.stop].astype("<f8")
+        return drawn(self.how(part.name).weights[0], self.seed, part.name, part.start, part.stop)
 
     def noise_key(self, name: str, i: int) -> str:
         """Return the key of the random numbers of a tensor's i-th model."""

@@ -133,7 +133,7 @@ class Models:
         mixture, specs = mixture_of(experts, self.specs, ingredients, parameters["top_k"])
         index = {source.path: i for i, source in enumerate(plan.sources)}
         places = [index[path] for path in [*experts, *others]]
-        router = ingredients.router
+        router = ingredients.router if isinstance(ingredients.router, Path) else None
         return replace(
             plan,
             mixture=mixture,
@@ -179,6 +179,8 @@ class Models:
 def _tensor_merge(name: str, origin: Origin, plan: MergePlan, places: Sequence[int]) -> TensorMerge:
     """Return how a tensor of a mixture is made; `places` are the sources of its inputs."""
     count = len(plan.sources)
+    if origin.source == "computed":
+        return TensorMerge(plan.method_name, {}, (), (name,), (), None)
     if origin.source == "random" or origin.source == "zeros":
         limit = RANDOM_LIMIT if origin.source == "random" else 0.0
         return TensorMerge(plan.method_name, {}, (), (name,), (limit,), None)

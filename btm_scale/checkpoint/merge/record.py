@@ -71,7 +71,8 @@ def provenance(
         settings |= {"tokenizer": rows.choice, "new_rows": "zero" if rows.zero else "mean", "vocabulary": rows.digest}
     if plan.mixture is not None:
         settings["experts"] = list(plan.mixture.names)
-        settings["router"] = "random" if plan.base is None else "file"
+        router = plan.mixture.router
+        settings["router"] = router.key if router is not None else "random" if plan.base is None else "file"
     elif plan.tensors:
         settings["recipe"] = hashlib.sha256(str(recipe).encode()).hexdigest()
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})

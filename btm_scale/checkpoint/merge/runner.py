@@ -12,7 +12,6 @@ from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, BlockHashes
-from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
@@ -81,10 +80,11 @@ def kept_hash(target: Target, unit: Unit) -> str | None:
     return hashes[number] if hashes is not None and is_block and number < len(hashes) else None
 
 
-def parts_of(unit: Unit, step: int) -> list[Unit]:
-    """Split a unit into parts of `step` elements."""
+def parts_of(unit: Unit, step: int, skipped: int = 0) -> list[Unit]:
+    """Split a unit into parts of `step` elements, as if it were preceded by `skipped` elements of no part."""
     step = max(step, 1)
-    return [Unit(unit.name, i, min(i + step, unit.stop)) for i in range(unit.start, unit.stop, step)]
+    starts = range(unit.start - skipped % step, unit.stop, step)
+    return [Unit(unit.name, max(i, unit.start), min(i + step, unit.stop)) for i in starts]
 
 
 class UnitRunner:
@@ -113,11 +113,10 @@ class UnitRunner:
         """Yield the unit's merged pieces in order, each valid until the next is taken."""
         target, plan = self._target, self._target.plan
         spec = plan.specs[unit.name]
-        parts = parts_of(unit, self.chunk_bytes // spec.itemsize)
+        parts = parts_of(unit, self.chunk_bytes // spec.itemsize) if plan.how(unit.name).models else [unit]
         how = plan.how(unit.name)
         if not how.models:
-            added = (drawn(how.weights[0], plan.seed, part.name, part.start, part.stop) for part in parts)
-            yield from map(torch.from_numpy, added)
+            yield torch.from_numpy(plan.added(unit))
         elif plan.copies(unit.name):
             model = target.everyone[how.models[0]]
             yield from (self._buffers.stored(model, _named(part, how.names[0])) for part in parts)

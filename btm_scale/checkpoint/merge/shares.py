@@ -19,12 +19,14 @@ class Shares:
     """Shares units out to processes, so that all take about the same time.
 
     `by_torch` are the tensors for which a process first imports torch, none if every process has it already. The
-    hashes of the units `hashed` are known.
+    hashes of the units `hashed` are known. `direct`: what NumPy merges is written directly, so no process waits for
+    another, and each should have some of everything: the disk waits for none if all copy while they compute.
     """
 
     plan: MergePlan
     by_torch: Set[str] = frozenset()
     hashed: Set[Unit] = frozenset()
+    direct: bool = False
 
     def of(self, units: Sequence[Unit], size: int) -> list[list[Unit]]:
         """Return the units of each of `size` processes, in their order."""
@@ -40,11 +42,14 @@ class Shares:
         full = (total + sum(load)) / size
         given: list[list[Unit]] = [[] for _ in load]
         for group, ranks in ((first, range(with_torch)), (rest, range(size))):
-            # One process after the other: those with sums write little while the others copy, and of several processes
-            # that write to one file all but one wait.
             for unit in sorted(group, key=costs.__getitem__, reverse=True):
-                half = costs[unit] / 2
-                rank = next((rank for rank in ranks if load[rank] + half <= full), min(ranks, key=load.__getitem__))
+                router = self.plan.router_of(unit.name)
+                own = ranks if router is None else ranks[: router.at_once]
+                rank = min(own, key=load.__getitem__)
+                if not self.direct:
+                    # One process after the other: those with sums write little while the others copy, and of several
+                    # processes that write to one file all but one wait.
+                    rank = next((rank for rank in own if load[rank] + costs[unit] / 2 <= full), rank)
                 load[rank] += costs[unit]
                 given[rank].append(unit)
         place = {unit: i for i, unit in enumerate(units)}
@@ -52,6 +57,8 @@ class Shares:
 
     def cost(self, unit: Unit) -> float:
         """Return the time that a unit takes."""
+        if (router := self.plan.router_of(unit.name)) is not None:
+            return router.bytes_of_gate
         written = (unit.stop - unit.start) * self.plan.specs[unit.name].itemsize
         read = 0 if self.plan.copies(unit.name) else len(self.plan.how(unit.name).models) * written
         return written + _ADDED_BYTE * read + (0 if unit in self.hashed else _HASHED_BYTE * written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
@@ -18,6 +19,7 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner, kept_hash
 from btm_scale.checkpoint.merge.shares import Shares
 from btm_scale.util.cores import visible_cores
+from btm_scale.util.direct_io import is_worthwhile
 from btm_scale.util.one_thread import one_torch_thread
 from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
 
@@ -25,15 +27,21 @@ from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, 
 # at the end.
 _NOTE_EVERY = 128 << 20
 _BAR_SECONDS = 1.0
+_PER_CORE = 2  # threads that write directly, of those that copy and of those that compute: one waits for the disk
 
 Runner = UnitRunner | MeansRunner | NumpyRunner
+Merged = tuple[Unit, list[list[str]]]
+"""A unit, and its block hashes for each output."""
+
 Output = tuple[MergePlan, Path]
 """A plan and the directory of its partial shards."""
 
 
 def open_writer(plan: MergePlan, partial: Path, *, attach: bool) -> ShardedWriter:
     """Open a writer of the output's shards in `partial`, which exist already if `attach`."""
-    return ShardedWriter(partial, plan.specs, max_shard_bytes=plan.max_shard_bytes, attach=attach)
+    # Sums by torch are not written directly: they take longer than the disk.
+    direct = is_worthwhile(sum(spec.nbytes for name, spec in plan.specs.items() if plan.copies(name)))
+    return ShardedWriter(partial, plan.specs, max_shard_bytes=plan.max_shard_bytes, attach=attach, direct=direct)
 
 
 def merge_share(
@@ -61,7 +69,7 @@ def merge_share(
             units = given[rank]
         cores = max(1, visible_cores() // (1 if given is None else size))
 
-        def note(finished: Sequence[tuple[Unit, list[list[str]]]]) -> None:
+        def note(finished: Sequence[Merged]) -> None:
             def note_one(i: int) -> None:
                 targets[i].writer.sync()
                 counted = {unit: targets[i].nonfinite.pop(unit) for unit, _ in finished if unit in targets[i].nonfinite}
@@ -70,9 +78,15 @@ def merge_share(
 
             in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound
 
-        for run, part in _runners(targets, units, chunk_bytes):
+        for run, part in _runners(targets, units, chunk_bytes, cores):
+            threads = min(cores, MOST)
+            if isinstance(run, NumpyRunner) and first.writer.is_direct:
+                # The disk gets copies while sums and gates are computed.
+                ordered = sorted(part, key=lambda unit: not first.plan.copies(unit.name))
+                _run_all(ordered, run, (_PER_CORE * threads, _PER_CORE * threads), note, bar)
+                continue
             with nullcontext() if isinstance(run, NumpyRunner) else one_torch_thread():
-                _run_all(part, run, min(cores, MOST), note, bar)
+                _run_all(part, run, (threads, 0), note, bar)
 
 
 def _targets(outputs: Sequence[Output], stack: ExitStack) -> list[Target]:
@@ -95,7 +109,7 @@ def remaining(outputs: Sequence[Output]) -> list[Unit]:
 
 
 def _runners(
-    targets: Sequence[Target], units: Sequence[Unit], chunk_bytes: int
+    targets: Sequence[Target], units: Sequence[Unit], chunk_bytes: int, cores: int
 ) -> Iterator[tuple[Runner, Sequence[Unit]]]:
     """Yield what merges the units, first those without torch."""
     if len(targets) > 1:
@@ -103,7 +117,7 @@ def _runners(
         return
     by_torch = frozenset(targets[0].plan.specs) if torch_is_loaded() else with_torch(targets[0])
     if first := [unit for unit in units if unit.name not in by_torch]:
-        yield NumpyRunner(targets[0], chunk_bytes), first
+        yield NumpyRunner(targets[0], chunk_bytes, cores), first
     if rest := [unit for unit in units if unit.name in by_torch]:
         yield UnitRunner(targets[0], chunk_bytes), rest
 
@@ -112,16 +126,16 @@ def _shares(outputs: Sequence[Output], forks: bool) -> Shares:
     """Return how units are shared out to processes. Imports torch if most of them need it and are forks of this one."""
     plan = outputs[0][0]
     if len(outputs) > 1:
-        by_torch, hashed = frozenset(plan.specs), frozenset[Unit]()
+        by_torch, hashed, direct = frozenset(plan.specs), frozenset[Unit](), False
     else:
         with ExitStack() as stack:
             (target,) = _targets(outputs, stack)
-            by_torch = with_torch(target)
+            by_torch, direct = with_torch(target), target.writer.is_direct
             hashed = frozenset(unit for unit in plan.units if kept_hash(target, unit) is not None)
     sizes = {name: spec.nbytes for name, spec in plan.specs.items()}
     if forks and 2 * sum(sizes[name] for name in by_torch) > sum(sizes.values()):
         importlib.import_module("torch")  # once, instead of in each forked process
-    return Shares(plan, frozenset() if torch_is_loaded() else by_torch, hashed)
+    return Shares(plan, frozenset() if torch_is_loaded() else by_torch, hashed, direct)
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
@@ -150,25 +164,43 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
 def _run_all(
     units: Sequence[Unit],
     run: Runner,
-    threads: int,
-    note: Callable[[Sequence[tuple[Unit, list[list[str]]]]], None],
+    threads: tuple[int, int],
+    note: Callable[[Sequence[Merged]], None],
     bar: Bar | None,
 ) -> None:
-    """Run units in threads, recording completed ones every `_NOTE_EVERY` bytes; the first error stops the rest."""
-    done: list[tuple[Unit, list[list[str]]]] = []
+    """Run units in threads, recording completed ones every `_NOTE_EVERY` bytes; the first error stops the rest.
+
+    `threads` is how many threads take units from the front, and how many from the end.
+    """
+    done: list[Merged] = []
     unnoted = 0
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: set[Future[tuple[Unit, list[list[str]]]]] = {pool.submit(run, unit) for unit in units}
+    line = deque(units)
+
+    def run_from(end: Callable[[], Unit]) -> Merged | None:
+        try:
+            unit = end()
+        except IndexError:
+            return None  # threads at the other end took it
+        return run(unit)
+
+    with ExitStack() as stack:
+        waiting: set[Future[Merged | None]] = set()
+        pools = []
+        for count, end in zip(threads, (line.popleft, line.pop), strict=True):
+            if count:
+                pools.append(stack.enter_context(ThreadPoolExecutor(count)))
+                waiting |= {pools[-1].submit(run_from, end) for _ in units}
         try:
             while waiting:
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 failed = [future for future in ready if future.exception()]
-                for unit, hashes in (future.result() for future in ready if not future.exception()):
-                    done.append((unit, hashes))
+                for merged in filter(None, (future.result() for future in ready if not future.exception())):
+                    done.append(merged)
+                    unit, _ = merged
                     unnoted += sum(
                         (unit.stop - unit.start) * target.plan.specs[unit.name].itemsize for target in run.targets
                     )
-                if unnoted >= _NOTE_EVERY or failed or not waiting:
+                if done and (unnoted >= _NOTE_EVERY or failed or not waiting):
                     note(done)
                     done, unnoted = [], 0
                 if bar is not None:
@@ -176,4 +208,5 @@ def _run_all(
                 for future in failed:
                     future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
