@@ -36,6 +36,7 @@ from btm_scale.checkpoint.merge import numpy_runner, workers
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
 from btm_scale.checkpoint.merge.plan import MergePlan
+from btm_scale.util import direct_io
 from btm_scale.util.direct_io import BLOCK
 
 folder, shared, jobs = Path(sys.argv[1]), sys.argv[2] == "shared", int(sys.argv[3])
@@ -44,13 +45,19 @@ MergePlan.is_large = property(lambda plan: True)
 direct = sys.argv[4] == "direct"
 workers.is_worthwhile = lambda nbytes: direct
 numpy_runner._WRITTEN_BYTES = 2 * BLOCK  # several pieces in a unit, and blocks that are not complete
-opened = safetensors_writer.open_direct
+open_direct, write_at = safetensors_writer.open_direct, direct_io.write_at
+opened, written = [], []
 
 def opened_anyway(path):  # where the file system has no direct I/O, what would be written directly is written anyhow
-    descriptor = opened(path)
-    return os.open(path, os.O_WRONLY) if descriptor is None else descriptor
+    descriptor = open_direct(path)
+    opened.append(os.open(path, os.O_WRONLY) if descriptor is None else descriptor)
+    return opened[-1]
 
-safetensors_writer.open_direct = opened_anyway
+def counted(descriptor, data, offset):
+    written.append(len(data) if descriptor in opened else 0)
+    write_at(descriptor, data, offset)
+
+safetensors_writer.open_direct, direct_io.write_at = opened_anyway, counted
 
 class Refused:
     def find_spec(self, name, *_):
@@ -61,6 +68,8 @@ if shared:  # none of the processes imports torch
 inputs = [(folder / name, 1.0) for name in "abc"]
 report = merge(folder / f"{sys.argv[2]}-{jobs}-{sys.argv[4]}", inputs, method="moe", jobs=jobs,
                ingredients=Ingredients(tuple("abc"), shared=shared))
+if jobs == 1:
+    assert bool(sum(written)) == direct
 print(report.content_hash)
 """
 

@@ -39,7 +39,7 @@ class ComputedRouter:
     """A router that is computed gate by gate while the models are merged; it can be sent to other processes.
 
     `gate` returns the gate [experts, hidden] of this Hugging Face name. `key` changes with all that gates depend on. At
-    most `at_once` processes compute gates, for memory, and one takes them as long as to copy `bytes_of_gate`.
+    most `at_once` processes compute gates, for memory. A gate takes as long as copying `bytes_of_gate`.
     """
 
     key: str
@@ -73,9 +73,8 @@ class Ingredients:
 class Origin:
     """Where a tensor of the mixture comes from: the input of this index, the mean of all, a router, or zeros.
 
-    `router` is that of a file; `computed` and `random` routers have none.
-    Indices after that of the last input are those of the other models of the ingredients. A tensor of an input is
-    multiplied by `scale`.
+    `router` is a router's file; `computed` and `random` routers have none. Indices after that of the last input are
+    those of the other models of the ingredients. A tensor of an input is multiplied by `scale`.
     """
 
     tensor: str

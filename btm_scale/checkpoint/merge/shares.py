@@ -19,8 +19,8 @@ class Shares:
     """Shares units out to processes, so that all take about the same time.
 
     `by_torch` are the tensors for which a process first imports torch, none if every process has it already. The
-    hashes of the units `hashed` are known. `direct`: what NumPy merges is written directly, so no process waits for
-    another, and each should have some of everything: the disk waits for none if all copy while they compute.
+    hashes of the units `hashed` are known. `direct`: NumPy's part is written directly. Processes then do not wait for
+    each other, and each gets copies and sums, so that the disk writes the ones while the others are computed.
     """
 
     plan: MergePlan

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from queue import SimpleQueue
 
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
@@ -184,17 +185,20 @@ def _run_all(
         return run(unit)
 
     with ExitStack() as stack:
-        waiting: set[Future[Merged | None]] = set()
-        pools = []
+        finished: SimpleQueue[Future[Merged | None]] = SimpleQueue()  # to wait for the first of many futures is slow
+        pools, waiting = [], 0
         for count, end in zip(threads, (line.popleft, line.pop), strict=True):
             if count:
                 pools.append(stack.enter_context(ThreadPoolExecutor(count)))
-                waiting |= {pools[-1].submit(run_from, end) for _ in units}
+                for _ in units:
+                    pools[-1].submit(run_from, end).add_done_callback(finished.put)
+                    waiting += 1
         try:
             while waiting:
-                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                failed = [future for future in ready if future.exception()]
-                for merged in filter(None, (future.result() for future in ready if not future.exception())):
+                future = finished.get()
+                waiting -= 1
+                failed = future.exception()
+                if failed is None and (merged := future.result()) is not None:
                     done.append(merged)
                     unit, _ = merged
                     unnoted += sum(
@@ -205,8 +209,8 @@ def _run_all(
                     done, unnoted = [], 0
                 if bar is not None:
                     bar.update()
-                for future in failed:
-                    future.result()
+                if failed is not None:
+                    raise failed
         finally:
             for pool in pools:
                 pool.shutdown(wait=False, cancel_futures=True)
