@@ -77,14 +77,22 @@ def upcycling() -> str:
     unit = _document()["units"].get("upcycle")
     if unit is None:
         return _ABSENT
-    rows = [["eight models of {:.2f} GB".format(unit["bytes_per_model"] / 1e9), "written", "time", "/ copy", "memory"]]
+    cores, written = unit["environment"]["hardware"]["cores"], unit["averaged"]["bytes_written"] / 1e9
+    copies = {
+        "copy": "a copy, by one process",
+        "hashed_copy": f"a copy that is hashed, by {cores} processes",
+        "direct_copy": f"a copy directly to the disk, by {cores} threads",
+    }
+
+    def row(label: str, seconds: float, memory: str) -> list[str]:
+        ratios = (f"{seconds / unit[f'{copy}_seconds']:.2f}" for copy in copies)
+        return [label, f"{seconds:.1f} s", *ratios, memory]
+
+    head = f"eight models of {unit['bytes_per_model'] / 1e9:.2f} GB, {written:.2f} GB written"
+    rows = [[head, "time", "/ copy", "/ hashed copy", "/ direct copy", "memory"]]
     for key, label in _UPCYCLED.items():
-        one = unit[key]
-        written, memory = one["bytes_written"] / 1e9, one["anonymous_bytes"] / 2**30
-        rows.append([label, f"{written:.2f} GB", f"{one['seconds']:.1f} s", f"{one['ratio']:.2f}", f"{memory:.2f} GiB"])
-    hashed = unit["hashed_copy_seconds"]
-    label = f"a copy that is hashed, by {unit['environment']['hardware']['cores']} processes"
-    rows.append([label, f"{written:.2f} GB", f"{hashed:.1f} s", f"{hashed / unit['copy_seconds']:.2f}", "-"])
+        rows.append(row(label, unit[key]["seconds"], f"{unit[key]['anonymous_bytes'] / 2**30:.2f} GiB"))
+    rows += [row(label, unit[f"{copy}_seconds"], "-") for copy, label in copies.items()]
     return f"{_table(rows)}\n\n{measured_on([unit['environment']])}."
 
 

@@ -68,16 +68,13 @@ def test_upcycling_has_a_row_for_each_recipe(table, load):
     one = {"bytes_written": 4.9e9, "anonymous_bytes": 2**28, "seconds": 9.0, "ratio": 1.2}
     upcycle = dict.fromkeys(load("doc_moe")._UPCYCLED, one)
     upcycle |= {"bytes_per_model": 1.07e9, "environment": ENVIRONMENT}
-    upcycle |= {"copy_seconds": 7.5, "hashed_copy_seconds": 6.0}
-    rows = table("moe_upcycling", {"upcycle": upcycle})
+    upcycle |= {"copy_seconds": 7.5, "hashed_copy_seconds": 6.0, "direct_copy_seconds": 4.5}
+    rows, cores = table("moe_upcycling", {"upcycle": upcycle}), ENVIRONMENT["hardware"]["cores"]
     for label in load("doc_moe")._UPCYCLED.values():
-        assert rows[label] == ["4.90 GB", "9.0 s", "1.20", "0.25 GiB"]
-    assert rows[f"a copy that is hashed, by {ENVIRONMENT['hardware']['cores']} processes"] == [
-        "4.90 GB",
-        "6.0 s",
-        "0.80",
-        "-",
-    ]
+        assert rows[label] == ["9.0 s", "1.20", "1.50", "2.00", "0.25 GiB"]
+    assert rows["a copy, by one process"] == ["7.5 s", "1.00", "1.25", "1.67", "-"]
+    assert rows[f"a copy that is hashed, by {cores} processes"] == ["6.0 s", "0.80", "1.00", "1.33", "-"]
+    assert rows[f"a copy directly to the disk, by {cores} threads"] == ["4.5 s", "0.60", "0.75", "1.00", "-"]
 
 
 def test_a_table_says_when_its_own_units_were_measured(load, monkeypatch, tmp_path):
