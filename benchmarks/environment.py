@@ -60,6 +60,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def of_installed() -> dict[str, str]:
+    """Return the environment variables of a process that is timed from its start.
+
+    An installed package has its bytecode. A checkout writes it at the first import, unless a variable forbids it.
+    """
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import describe, of_installed
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
@@ -115,12 +115,10 @@ def measured(command: list[str], output: Path) -> dict[str, float]:
     """Run a command: seconds until it ends and until its output is on the disk, CPU seconds, and the peak of its
     processes' anonymous memory in bytes."""
     peak = 0
-    # An installed package has its bytecode; a checkout writes it in the first run, unless this is set.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=of_installed())
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.02)

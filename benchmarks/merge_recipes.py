@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import describe, of_installed
 from merge import MERGEKIT, mergekit_in
 
 from btm_scale.checkpoint.formats.open import open_model
@@ -255,7 +255,7 @@ def main() -> None:
             }
             for name, words in commands.items():
                 started = time.perf_counter()
-                subprocess.run(words, check=True, capture_output=True)
+                subprocess.run(words, check=True, capture_output=True, env=of_installed())
                 seconds[name].append(time.perf_counter() - started)
     exact = [one for one in results.values() if "largest_gap" in one and not one["random"]]
     by_method = {

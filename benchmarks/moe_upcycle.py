@@ -1,7 +1,8 @@
 """Upcycling of eight models without reading text: its memory, and its time beside copies of the bytes that it writes.
 
 One copy is by a single process. Another is hashed while it is written, by one process per core, as upcycling does. The
-third is written directly to the disk, by one thread per core, so that it does not wait for memory.
+third is written directly to the disk, by one thread per core, so that it does not wait for memory. It needs a file
+system with direct I/O.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def copy(into, out, start):
     buffer = memory.__dict__.setdefault("buffer", memoryview(mmap.mmap(-1, piece)))
     count = os.preadv(into, [buffer], start)
     complete = count // 4096 * 4096
-    os.pwrite(out[0], buffer[:complete], start)
-    os.pwrite(out[1], buffer[complete:count], start + complete)
+    assert os.pwrite(out[0], buffer[:complete], start) == complete
+    assert os.pwrite(out[1], buffer[complete:count], start + complete) == count - complete
 os.mkdir(output)
 with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, os.scandir(source) as entries:
     copies = []
@@ -134,7 +135,7 @@ def measure_upcycling(
     """Return the figures of experts that trained everything, whose rest is averaged, and their MLPs alone.
 
     Times include that until the output is on the disk. All write as many bytes, so each round takes all and the
-    copies, and the ratios are those of medians. A virtual machine takes several times as long to write into memory
+    copies, whose medians are compared. A virtual machine takes several times as long to write into memory
     that it did not have yet, so before each the inputs are read, and a file of the same size is written and removed.
     The first round, in which that size is not known and the fitted router's sums are computed, is left out.
     """
@@ -159,7 +160,6 @@ def measure_upcycling(
         for case in _CASES:
             result[case] = {
                 "seconds": seconds[case],
-                "ratio": seconds[case] / seconds["copy"],
                 "anonymous_bytes": max(one["anonymous_bytes"] for one in timed[case][1:]),
                 **_same_bytes(run, case),
                 "runs": timed[case],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +32,7 @@ def test_a_long_merge_shows_a_bar_with_its_rate_on_a_terminal(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(bar, "SHOWN_AFTER", 0.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
     merge(tmp_path / "out", models, jobs=jobs)
     shown = capsys.readouterr().err
     assert "merging" in shown
@@ -51,7 +50,7 @@ def test_there_is_no_bar(
 ) -> None:
     caplog.set_level(logging.WARNING if reason == "quiet" else logging.INFO)
     monkeypatch.setattr(bar, "SHOWN_AFTER", 60.0 if reason == "short" else 0.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: reason != "no terminal")
+    monkeypatch.setenv("TTY_COMPATIBLE", "0" if reason == "no terminal" else "1")
     merge(tmp_path / "out", models)
     assert "merging" not in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def test_recipes_are_relative_to_dense_and_mlp_experts_have_the_gain_that_the_mi
 
 
 def test_upcycling_has_a_row_for_each_recipe(table, load):
-    one = {"bytes_written": 4.9e9, "anonymous_bytes": 2**28, "seconds": 9.0, "ratio": 1.2}
+    one = {"bytes_written": 4.9e9, "anonymous_bytes": 2**28, "seconds": 9.0}
     upcycle = dict.fromkeys(load("doc_moe")._UPCYCLED, one)
     upcycle |= {"bytes_per_model": 1.07e9, "environment": ENVIRONMENT}
     upcycle |= {"copy_seconds": 7.5, "hashed_copy_seconds": 6.0, "direct_copy_seconds": 4.5}

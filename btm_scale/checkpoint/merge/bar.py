@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -66,13 +65,16 @@ class Bar:
         )
 
     def _show(self) -> tuple[Progress, TaskID] | None:
-        if not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO):
-            return None  # without the time that rich takes to import
+        if not logger.isEnabledFor(logging.INFO):
+            return None
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.progress import TransferSpeedColumn as Rate
 
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            return None
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Rate(), TimeRemainingColumn())
-        progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+        progress = Progress(*columns, console=console, auto_refresh=False, transient=True)
         task = progress.add_task("merging", total=self.total, completed=self.done())
         return self._stack.enter_context(progress), task
