@@ -51,6 +51,9 @@ claims: install
 TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Without bytecode, each process that a test starts would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: install older-triton chat-templates
 	$(PYTEST) -m 'not full' $(TESTS)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.failures_at_once import FailuresAtOnce
 from helpers.shared_folder import shared_folder
 from helpers.text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 from helpers.tiny_run import btm_scale, tiny_values, write_config
@@ -25,7 +26,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs of a machine that has some from all tests but those in tests/gpu."""
+    """Hide the GPUs of a machine that has some from all tests but those in tests/gpu, and print failures at once."""
+    if not hasattr(config, "workerinput"):  # the processes of pytest-xdist print nothing
+        config.pluginmanager.register(FailuresAtOnce(config))
     if not any("gpu" in Path(argument).parts for argument in config.args):
         # Also from the ranks of DeepSpeed's launcher, which sets CUDA_VISIBLE_DEVICES itself.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", DEVICE: "cpu"}
