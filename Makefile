@@ -48,7 +48,7 @@ claims: install
 	$(BIN)/python benchmarks/run_claims.py $(NAME) $(if $(CORPORA),--corpora $(CORPORA)) $(if $(RUNS),--runs $(RUNS))
 
 # The longest tests first, so that both processes end at about the same time. No folder twice: pytest would order them.
-TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))
+TESTS ?= tests/system tests/fuzz $(filter-out tests/system/ tests/fuzz/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Without bytecode, each process that a test starts would compile the whole package again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -38,8 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> Call | int:
     """Parse arguments; returns the call, or the exit code of what answers at once, such as --help."""
-    outcome: Any = get_command(app).main(args=list(arguments), prog_name="btm-scale", standalone_mode=False)
+    outcome: Any = _parser().main(args=list(arguments), prog_name="btm-scale", standalone_mode=False)
     return outcome if isinstance(outcome, Call) else int(outcome or 0)
+
+
+@functools.cache
+def _parser() -> Any:
+    return get_command(app)
 
 
 def _show_version(value: bool) -> None:

@@ -1,4 +1,4 @@
-"""Run inputs of the fuzzer in this process, each within 5 seconds and 1 GB.
+"""Run inputs of the fuzzer in this process, each within 10 seconds of CPU time and 1 GB.
 
 To repeat the input that a failure names: `PYTHONPATH=tests python -m fuzz.runner --seed N`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import os
 import resource
 import shutil
 import signal
@@ -26,7 +25,8 @@ from fuzz.corpus import copy_of, make_corpus
 from fuzz.mutators import mutate
 from fuzz.targets import FOREIGN, ORIGINAL, TARGETS, Target, targets_of
 
-_SECONDS = 5  # on a machine with a free core
+_CPU_SECONDS = 10
+_WALL_SECONDS = 120  # for an input that waits, on a busy machine
 _MAX_GROWTH = 1 << 30  # bytes of resident memory
 _ADDRESSES = 6 << 30  # beyond what the process has mapped: keeps a failing input from harming the machine
 
@@ -117,7 +117,7 @@ def _verdict(target: Target, folder: Path) -> str:
     except UserError as error:
         verdict = "refused" if str(error).strip() else "refused without a message"
     except Hang:
-        verdict = f"took more than {_SECONDS} s\n{traceback.format_exc()}"
+        verdict = f"took more than {_CPU_SECONDS} s of CPU time or {_WALL_SECONDS} s\n{traceback.format_exc()}"
     except BaseException:
         verdict = f"ended in a traceback\n{traceback.format_exc()}"
     growth = _memory("VmHWM") - before
@@ -131,14 +131,17 @@ def _limits() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES, hard))
-    former = signal.signal(signal.SIGALRM, stop)
-    others = os.getloadavg()[0] / (os.cpu_count() or 1)  # starting an interpreter takes as much longer
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS * min(max(1.0, others), 6.0))
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, _CPU_SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, _WALL_SECONDS)}
+    former = {number: signal.signal(number, stop) for number, _ in timers.values()}
+    for timer, (_, seconds) in timers.items():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in former.items():
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

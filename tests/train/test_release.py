@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.worlds import run_script
 
+from btm_scale.config.model import ModelConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
 
@@ -21,8 +22,9 @@ def left(prepared: tuple[RunConfig, RunDir], tmp_path_factory: pytest.TempPathFa
     config, run = prepared
     folder = tmp_path_factory.mktemp("release")
     shutil.copytree(run.root, folder / "run")
-    short = config.budget.model_copy(update={"tokens": 8 * config.budget.batch_tokens})
-    config.model_copy(update={"budget": short}).save(folder / "config.yaml")
+    short = config.budget.model_copy(update={"tokens": 4 * config.budget.batch_tokens})
+    small = ModelConfig(family="llama", layers=2, hidden=128, heads=4, ffn=256)
+    config.model_copy(update={"budget": short, "model": small}).save(folder / "config.yaml")
     spec = {"config": str(folder / "config.yaml"), "run": str(folder / "run"), "stages": STAGES}
     result = folder / "result.json"
     run_script(Path(__file__).with_name("measure_after_training.py"), spec | {"result": str(result)}, folder)
