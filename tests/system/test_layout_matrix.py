@@ -2,8 +2,8 @@
 with one rank.
 
 `make test` runs layouts that cover every allowed pair of settings. `make test-full` runs fewer steps of the full matrix
-without context ranks and of the pairs with them; test_context_parallel.py has their matrix with tensor ranks, data ranks
-and ZeRO.
+without context ranks and of the pairs with them; test_context_parallel.py has their matrix with tensor ranks, data
+ranks and ZeRO.
 """
 
 from __future__ import annotations
