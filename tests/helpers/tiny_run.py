@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,10 +56,12 @@ def write_config(path: Path, values: dict[str, Any]) -> RunConfig:
 
 
 def share_text(run: RunDir, prepared: RunDir) -> None:
-    """Link the tokenizer and token files of a prepared run into a new one."""
+    """Link the tokenizer and token files of a prepared run into a new one, with the note that the tokenizer works."""
     run.root.mkdir(parents=True, exist_ok=True)
     for name in ("data", "tokenizer"):
         (run.root / name).symlink_to(prepared.root / name)
+    for note in prepared.root.glob(".tokenizer-passed-*"):
+        shutil.copy2(note, run.root)
 
 
 def start_btm_scale(
