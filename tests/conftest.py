@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from helpers.warm import Warm, warm_process
 from hypothesis import settings
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data import tokenizer_trial
 from btm_scale.run_dir import RunDir
 from btm_scale.util.devices import DEVICE
 from btm_scale.util.logs import LEVEL
@@ -48,6 +51,15 @@ def process_as_started(monkeypatch: pytest.MonkeyPatch) -> None:
     logger.setLevel(logging.NOTSET)
     monkeypatch.delenv(LEVEL, raising=False)
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_trials() -> Iterator[None]:
+    """Try tokenizers in forks, beside the thread in which pytest-xdist waits for messages."""
+    at_start = threading.active_count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_trial, "may_fork", lambda: threading.active_count() <= at_start)
+        yield
 
 
 @pytest.fixture(scope="session")
