@@ -1,4 +1,4 @@
-"""Run inputs of the fuzzer in this process, each within 10 seconds of CPU time and 1 GB.
+"""Run inputs of the fuzzer in this process, each within 5 seconds of CPU time and 1 GB.
 
 To repeat the input that a failure names: `PYTHONPATH=tests python -m fuzz.runner --seed N`.
 """
@@ -25,8 +25,8 @@ from fuzz.corpus import copy_of, make_corpus
 from fuzz.mutators import mutate
 from fuzz.targets import FOREIGN, ORIGINAL, TARGETS, Target, targets_of
 
-_CPU_SECONDS = 10
-_WALL_SECONDS = 120  # for an input that waits, on a busy machine
+_CPU_SECONDS = 5
+_WALL_SECONDS = 30  # for an input that waits, on a busy machine
 _MAX_GROWTH = 1 << 30  # bytes of resident memory
 _ADDRESSES = 6 << 30  # beyond what the process has mapped: keeps a failing input from harming the machine
 

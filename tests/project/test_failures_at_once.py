@@ -9,13 +9,6 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-PLUGIN = """
-from helpers.failures_at_once import FailuresAtOnce
-
-def pytest_configure(config):
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(FailuresAtOnce(config))
-"""
 CASES = """
 import time
 
@@ -29,9 +22,8 @@ def test_that_never_ends():
 
 @pytest.mark.parametrize("options", [[], ["-n", "1", "--dist", "loadfile"]], ids=["one process", "xdist"])
 def test_a_failure_is_printed_while_the_next_test_still_runs(options: list[str], tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(PLUGIN)
     (tmp_path / "test_cases.py").write_text(CASES)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options, str(tmp_path)]
     environment = {"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

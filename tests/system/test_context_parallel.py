@@ -20,7 +20,6 @@ from btm_scale.config.model import ModelConfig
 pytestmark = pytest.mark.slow
 
 STEPS = 20
-STEPS_IN_FULL = 8  # a wrong gradient changes the second loss already
 END_OF_TEXT = 7  # in a quarter of the sequences of `learnable_text`
 ONE: dict[str, Any] = {"zero": 0}
 
@@ -66,21 +65,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(
-    ("layouts", "steps"), [pytest.param(QUICK, STEPS, id="seven"), full(MATRIX, STEPS_IN_FULL, id="all")]
-)
-def test_context_ranks_have_the_losses_and_gradients_of_one_rank(
-    layouts: list[dict[str, Any]], steps: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("layouts", [pytest.param(QUICK, id="seven"), full(MATRIX, id="all")])
+def test_context_ranks_have_the_losses_and_gradients_of_one_rank(layouts: list[dict[str, Any]], tmp_path: Path) -> None:
     named = {f"one-kv{kv}": ONE for kv in (1, 2)}
     named |= {f"{'-'.join(map(str, layout.values()))}-kv{kv_heads(layout)}": layout for layout in layouts}
-    results = trained(tmp_path, specs(tmp_path, named, gradients=True, steps=steps))
+    results = trained(tmp_path, specs(tmp_path, named, gradients=True))
     for name, tensors in results.items():
         expected = results[f"one-kv{name.rpartition('-kv')[2]}"]
-        assert len(expected["losses"]) == steps
-        assert expected["losses"][-1] < expected["losses"][0] - 0.3 * steps / STEPS, (
-            "the reference must learn something"
-        )
+        assert len(expected["losses"]) == STEPS
+        assert expected["losses"][-1] < expected["losses"][0] - 0.3, "the reference must learn something"
         torch.testing.assert_close(tensors["losses"], expected["losses"], atol=1e-5, rtol=0, msg=name)
         moments = [key for key in expected if key.startswith("exp_avg/")]
         assert len(moments) == len(expected) // 2 - 1

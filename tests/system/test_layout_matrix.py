@@ -1,9 +1,8 @@
 """Every layout trains the same model: a matrix of layouts, through the real launcher if they have four ranks, compared
 with one rank.
 
-`make test` runs layouts that cover every allowed pair of settings. `make test-full` runs fewer steps of the full matrix
-without context ranks and of the pairs with them; test_context_parallel.py has their matrix with tensor ranks, data
-ranks and ZeRO.
+`make test` runs layouts that cover every allowed pair of settings. `make test-full` runs the full matrix without
+context ranks and the pairs with them; test_context_parallel.py has their matrix with tensor ranks, data ranks and ZeRO.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.slow
 LLAMA = {"family": "llama", **TINY_SHAPE}
 GPT2 = {"family": "gpt2", **TINY_SHAPE, "kv_heads": 4}
 STEPS = 20
-STEPS_IN_FULL = 8  # a wrong gradient changes the second loss already
 AT_A_LAUNCH = 12  # layouts per launch: the threads of each layout's gloo groups live until the process ends
 SETTINGS = {
     "tensor": [1, 2],
@@ -75,7 +73,7 @@ def float32_layouts(matrix: Sequence[Mapping[str, Any]], ranks: int) -> Layouts:
 def launches() -> list[Any]:
     """Return layouts grouped by their number of ranks, at most AT_A_LAUNCH each."""
     pairs = all_pairs([layout for layout in MATRIX if ranks_of(layout) < 8])
-    cases = [pytest.param(float32_layouts(pairs, ranks), STEPS, id=f"pairs-{ranks}") for ranks in (1, 2, 4)]
+    cases = [pytest.param(float32_layouts(pairs, ranks), id=f"pairs-{ranks}") for ranks in (1, 2, 4)]
     alone, sharing = ([layout for layout in MATRIX if layout["context"] == context] for context in (1, 2))
     every = [*alone, *all_pairs(sharing)]
     for ranks in (1, 2, 4, 8):
@@ -83,7 +81,7 @@ def launches() -> list[Any]:
         names = list(layouts)
         for start in range(0, len(names), AT_A_LAUNCH):
             part = {name: layouts[name] for name in names[start : start + AT_A_LAUNCH]}
-            cases.append(full(part, STEPS_IN_FULL, id=f"{ranks}-from-{start}"))
+            cases.append(full(part, id=f"{ranks}-from-{start}"))
     return cases
 
 
@@ -106,7 +104,6 @@ def trained(
     layouts: Layouts,
     shape: dict[str, Any] = LLAMA,
     *,
-    steps: int = STEPS,
     optimizer: dict[str, Any] | None = None,
     launch: bool = False,
 ) -> dict[str, dict[str, torch.Tensor]]:
@@ -117,7 +114,7 @@ def trained(
     spec = {
         "folder": str(folder),
         "shape": shape,
-        "steps": steps,
+        "steps": STEPS,
         "sequences": 8,
         "optimizer": optimizer or {},
         "deepspeed": {"fp16": {"initial_scale_power": 10}},
@@ -144,38 +141,28 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
     return trained(tmp_path_factory.mktemp("one"), ONE_RANK)["one"]
 
 
-@pytest.fixture(scope="module")
-def one_rank_in_full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return trained(tmp_path_factory.mktemp("one"), ONE_RANK, steps=STEPS_IN_FULL)["one"]
-
-
 def assert_same(
-    actual: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
-    losses: float,
-    weights: float,
-    steps: int = STEPS,
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], losses: float, weights: float
 ) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         error = (actual[name] - value).norm() / value.norm()
         if name == "losses":
-            assert len(value) == steps
-            assert value[-1] < value[0] - 0.3 * steps / STEPS, "the reference must learn something"
+            assert len(value) == STEPS
+            assert value[-1] < value[0] - 0.3, "the reference must learn something"
             torch.testing.assert_close(actual[name], value, atol=losses, rtol=0)
         else:
             assert float(error) < weights, name
 
 
-@pytest.mark.parametrize(("layouts", "steps"), launches())
+@pytest.mark.parametrize("layouts", launches())
 def test_every_layout_matches_the_losses_and_weights_of_one_rank(
-    layouts: Layouts, steps: int, request: pytest.FixtureRequest, tmp_path: Path
+    layouts: Layouts, one_rank: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    expected = request.getfixturevalue("one_rank" if steps == STEPS else "one_rank_in_full")
     launch = all(ranks_of(layout) == 4 for layout in layouts.values())
-    for name, actual in trained(tmp_path, layouts, steps=steps, launch=launch).items():
+    for name, actual in trained(tmp_path, layouts, launch=launch).items():
         try:
-            assert_same(actual, expected, losses=1e-5, weights=1e-4, steps=steps)
+            assert_same(actual, one_rank, losses=1e-5, weights=1e-4)
         except AssertionError as error:
             raise AssertionError(f"{'-'.join(SETTINGS)} {name}: {error}") from None
 

@@ -90,10 +90,10 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
             yield raw
         elif compression == "gzip":
             with gzip.open(raw) as stream:
-                yield cast(BinaryIO, stream)
+                yield _buffered(cast(io.RawIOBase, stream))
         elif compression == "bz2":
             with bz2.open(raw) as stream:
-                yield cast(BinaryIO, stream)
+                yield _buffered(cast(io.RawIOBase, stream))
         elif compression == "xz":
             yield _buffered(_XzStream(raw))
         else:
@@ -103,6 +103,7 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
 
 
 def _buffered(reader: io.RawIOBase) -> BinaryIO:
+    # The modules of the standard library have their own buffers, but read lines in Python.
     return cast(BinaryIO, io.BufferedReader(reader, _BUFFER))
 
 
