@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import lzma
+import random
 import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -18,6 +21,7 @@ from helpers.text_samples import MakeConfig, prose_texts
 from btm_scale.config.data import DomainConfig
 from btm_scale.data.documents import BadLines, read_documents
 from btm_scale.data.files import SourceFile
+from btm_scale.data.formats.compression import BROKEN_STREAM, open_uncompressed
 from btm_scale.data.formats.sense import format_of
 from btm_scale.data.prepare import prepare
 from btm_scale.data.sources import resolve_domain
@@ -106,6 +110,29 @@ def test_skipping_names_each_file_and_what_it_loses(
     (tmp_path / "wrong.jsonl").write_bytes(b"x" + packed)
     with pytest.raises(DataError, match=r"Nothing was read of .*wrong\.jsonl: \d+ bad lines?, the first: line 1: "):
         prepare(config, RunDir(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("library", [gzip, bz2], ids=["gzip", "bz2"])
+def test_no_line_before_damage_is_lost_that_the_standard_library_reads(library: Any, tmp_path: Path) -> None:
+    def lines(opened: Any) -> tuple[list[bytes], type[Exception] | None]:
+        read: list[bytes] = []
+        try:
+            with opened as stream:
+                read.extend(iter(stream.readline, b""))
+        except BROKEN_STREAM as error:
+            return read, type(error)
+        return read, None
+
+    packed = library.compress(json_lines([{"text": f"{i} {text}"} for i, text in enumerate(prose_texts(3_000))]))
+    draw = random.Random(1)
+    for number in range(40):
+        damaged, place = bytearray(packed), draw.randrange(20, len(packed))
+        if number % 2:
+            del damaged[place:]
+        else:
+            damaged[place] ^= 1 << draw.randrange(8)
+        (tmp_path / "file").write_bytes(damaged)
+        assert lines(open_uncompressed(tmp_path / "file")) == lines(library.open(tmp_path / "file"))
 
 
 HUGE: dict[str, Callable[[int], bytes]] = {

@@ -90,10 +90,10 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
             yield raw
         elif compression == "gzip":
             with gzip.open(raw) as stream:
-                yield _buffered(cast(io.RawIOBase, stream))
+                yield cast(BinaryIO, io.BufferedReader(_Parts(stream)))  # small parts, as the standard library's
         elif compression == "bz2":
             with bz2.open(raw) as stream:
-                yield _buffered(cast(io.RawIOBase, stream))
+                yield cast(BinaryIO, io.BufferedReader(_Parts(stream)))  # small parts, as the standard library's
         elif compression == "xz":
             yield _buffered(_XzStream(raw))
         else:
@@ -103,8 +103,22 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
 
 
 def _buffered(reader: io.RawIOBase) -> BinaryIO:
-    # The modules of the standard library have their own buffers, but read lines in Python.
     return cast(BinaryIO, io.BufferedReader(reader, _BUFFER))
+
+
+class _Parts(io.RawIOBase):
+    """A file of gzip or bz2, whose own `readline` is in Python. A damaged file loses the part that was asked for."""
+
+    def __init__(self, file: gzip.GzipFile | bz2.BZ2File) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        """Return True: the stream is for reading."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill the buffer, or part of it. Returns 0 at the end of the last member."""
+        return self._file.readinto1(buffer)
 
 
 class _XzStream(io.RawIOBase):
